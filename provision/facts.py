@@ -1,0 +1,202 @@
+"""What one read-only probe saw on a host.
+
+`PROBE` is a bash script that prints `@name` headers, each followed by that section's lines;
+`parse_facts` turns its output into `Facts`. The probe needs nothing that the Arch install ISO lacks.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from provision.errors import ProvisionError
+
+LIVE_MARK = "/run/archiso"  # archiso mounts its medium below it; the installed system has no such folder
+
+# Shared by the probe and by the script that wipes: what a disk holds, as text that changes when the disk does.
+HOLDINGS = r"""
+holdings() {  # the device's partitions, file systems, labels and identities; without mount points
+  lsblk --bytes --raw --noheadings --output TYPE,SIZE,FSTYPE,LABEL,UUID,PARTTYPE,PARTUUID,PARTLABEL "$1"
+}
+"""
+
+PROBE = (
+    HOLDINGS
+    + r"""
+section() { printf '\n@%s\n' "$1"; }
+section system
+if [[ -d /run/archiso ]] && grep -q archisobasedir /proc/cmdline; then echo live
+elif [[ -e /etc/metal-to-model ]]; then echo installed
+else echo other; fi
+section owner; cat /etc/metal-to-model 2>/dev/null || true
+section applying; systemctl is-active metal-apply.service 2>/dev/null || true
+section hostname; cat /proc/sys/kernel/hostname
+section os; . /etc/os-release; printf '%s\n' "${ID:-unknown}"
+section boot_id; cat /proc/sys/kernel/random/boot_id
+section clock; date +%s
+section firmware; if [[ -d /sys/firmware/efi/efivars ]]; then echo uefi; else echo bios; fi
+section kernel; uname -r
+section cpu; awk -F': *' '/^vendor_id/ {print $2; exit}' /proc/cpuinfo
+section memory; awk '/^MemTotal/ {print $2}' /proc/meminfo
+section root; findmnt --noheadings --output PARTUUID / || true
+section medium
+if source=$(findmnt --noheadings --output SOURCE /run/archiso/bootmnt 2>/dev/null); then
+  lsblk --inverse --noheadings --raw --paths --output NAME,TYPE "$source" | awk '$2 == "disk" {print $1}'
+fi
+section lsblk
+lsblk --json --bytes --paths --output NAME,TYPE,SIZE,SERIAL,MODEL,RO,FSTYPE,LABEL,PARTTYPE,PARTUUID,PARTLABEL,MOUNTPOINTS
+section holdings
+for disk in $(lsblk --nodeps --noheadings --raw --paths --output NAME,TYPE | awk '$2 == "disk" {print $1}'); do
+  printf '%s %s\n' "$disk" "$(holdings "$disk" | sha256sum | cut -d' ' -f1)"
+done
+section gpus
+for device in /sys/bus/pci/devices/*; do
+  [[ -e $device/vendor && $(<"$device/vendor") == 0x10de ]] || continue
+  case $(<"$device/class") in
+    0x0300*|0x0302*|0x0380*) printf '%s %s\n' "${device##*/}" "$(<"$device/device")" ;;
+  esac
+done
+section nics
+for nic in /sys/class/net/*; do
+  [[ -e $nic/device ]] && printf '%s %s\n' "${nic##*/}" "$(<"$nic/address")"
+done
+section end
+"""
+)
+
+
+@dataclass(frozen=True)
+class Partition:
+    path: str
+    size_bytes: int
+    filesystem: str  # "" where none was recognised
+    label: str
+    type_guid: str
+    uuid: str  # the partition's own (PARTUUID), lower case
+    name: str  # the partition's name in the GPT (PARTLABEL)
+    mounted_at: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Disk:
+    path: str
+    serial: str
+    model: str
+    size_bytes: int
+    read_only: bool
+    filesystem: str  # of the disk itself, where it has no partition table
+    partitions: tuple[Partition, ...]
+    in_use: tuple[str, ...]  # mount points, "[SWAP]", and device-mapper, md or LVM devices on it
+    is_medium: bool  # the install ISO runs from it
+    holdings: str  # sha256 of what is on it: see HOLDINGS
+
+    @property
+    def is_blank(self) -> bool:
+        return not self.partitions and not self.filesystem and not self.in_use
+
+
+@dataclass(frozen=True)
+class GpuSeen:
+    slot: str  # PCI address, such as 0000:01:00.0
+    device: int  # PCI device id
+
+
+@dataclass(frozen=True)
+class Facts:
+    system: Literal["live", "installed", "other"]
+    owner: str  # the machine's name as we installed it; "" where we did not
+    applying: bool  # an earlier run's Steps are still at work there: its unit outlives the connection
+    os: str  # ID of os-release
+    hostname: str
+    boot_id: str
+    clock_s: int  # seconds since the epoch, by the host
+    uefi: bool
+    kernel: str
+    cpu_vendor: str
+    memory_bytes: int
+    root_partition: str  # PARTUUID of what / is on; "" where it is not a partition
+    disks: tuple[Disk, ...]
+    gpus: tuple[GpuSeen, ...]
+    nics: tuple[tuple[str, str], ...]  # (name, MAC address)
+
+
+def parse_facts(text: str) -> Facts:
+    """The probe's output as Facts; ProvisionError where it is cut or not ours."""
+    found = split_sections(text)
+    if "end" not in found:
+        raise ProvisionError("The probe's answer is incomplete.", "Run the command again.")
+    one = {name: lines[0] if lines else "" for name, lines in found.items()}
+    system = one["system"]
+    if system not in ("live", "installed"):
+        system = "other"
+    holdings = dict(line.split() for line in found["holdings"])
+    return Facts(
+        system=system,  # type: ignore[arg-type]
+        owner=one["owner"],
+        applying=one["applying"] in ("active", "activating"),
+        os=one["os"],
+        hostname=one["hostname"],
+        boot_id=one["boot_id"],
+        clock_s=int(one["clock"]),
+        uefi=one["firmware"] == "uefi",
+        kernel=one["kernel"],
+        cpu_vendor=one["cpu"],
+        memory_bytes=int(one["memory"]) * 1024,
+        root_partition=one["root"].lower(),
+        disks=tuple(parse_disks(json.loads("\n".join(found["lsblk"])), found["medium"], holdings)),
+        gpus=tuple(GpuSeen(slot, int(device, 16)) for slot, device in map(str.split, found["gpus"])),
+        nics=tuple((name, mac) for name, mac in map(str.split, found["nics"])),
+    )
+
+
+def split_sections(text: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("@"):
+            lines = found.setdefault(line[1:], [])
+        elif line.strip():
+            lines.append(line.strip())
+    return found
+
+
+def parse_disks(tree: dict[str, Any], medium: Sequence[str], holdings: dict[str, str]) -> Iterator[Disk]:
+    """Disks of `lsblk --json`; loop devices, optical drives and zram are left out."""
+    for node in tree["blockdevices"]:
+        if node["type"] != "disk" or node["name"].startswith("/dev/zram"):
+            continue
+        children = node.get("children", [])
+        yield Disk(
+            path=node["name"],
+            serial=(node["serial"] or "").strip(),
+            model=(node["model"] or "").strip(),
+            size_bytes=int(node["size"]),
+            read_only=bool(node["ro"]),
+            filesystem=node["fstype"] or "",
+            partitions=tuple(parse_partition(child) for child in children if child["type"] == "part"),
+            in_use=tuple(uses(node)),
+            is_medium=node["name"] in medium,
+            holdings=holdings.get(node["name"], ""),
+        )
+
+
+def parse_partition(node: dict[str, Any]) -> Partition:
+    return Partition(
+        path=node["name"],
+        size_bytes=int(node["size"]),
+        filesystem=node["fstype"] or "",
+        label=node["label"] or "",
+        type_guid=(node["parttype"] or "").lower(),
+        uuid=(node["partuuid"] or "").lower(),
+        name=node["partlabel"] or "",
+        mounted_at=tuple(mount for mount in node["mountpoints"] if mount),
+    )
+
+
+def uses(node: dict[str, Any]) -> Iterator[str]:
+    """What keeps a device busy: mounts, swap, and devices stacked on it."""
+    yield from (mount for mount in node["mountpoints"] if mount)
+    for child in node.get("children", []):
+        if child["type"] not in ("part", "disk"):
+            yield f"{child['name']} ({child['type']})"
+        yield from uses(child)

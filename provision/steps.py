@@ -1,0 +1,298 @@
+"""Step, the few kinds of it, and the Plan.
+
+A Step is a probe (bash, read-only) whose output must equal `expect`, and a script (bash, idempotent) that
+makes it so. Kinds such as `File` or `Packages` are functions that write such a pair. Probes and scripts are
+the same for both systems: `$root` is `/mnt` on the live ISO and empty on the installed system, `at CMD…` runs a
+command in that root, `in_target CMD…` one that also needs /proc, /sys and /dev there.
+
+Everything here is pure: text in, text out. `provision.apply` talks to the host.
+"""
+
+import base64
+import difflib
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from shlex import join, quote
+
+from provision.errors import ProvisionError
+
+STATE = "/var/lib/metal-to-model"
+BASE_COMPLETE = f"{STATE}/base-complete"  # last thing that the first installation writes: without it the root is unfinished
+
+
+@dataclass(frozen=True)
+class Step:
+    """One named change.
+
+    `probe` prints what is there; the Step is done when that equals `expect`, blank ends of lines apart.
+    `then` runs after the script, once for all Steps of a plan that name the same `then`, and again in a
+    later run if it was cut off. `packages` is for the plan's reader and for merging.
+    """
+
+    name: str
+    why: str
+    probe: str
+    expect: str
+    script: str
+    then: str = ""
+    packages: tuple[str, ...] = ()
+
+    def is_done(self, observed: str) -> bool:
+        return observed.rstrip() == self.expect.rstrip()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A Step that is to be done, what the probe observed, and whether its `then` is owed from an earlier run."""
+
+    step: Step
+    observed: str
+    owed: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, in order, and how many Steps were found done."""
+
+    title: str
+    pending: tuple[Planned, ...]
+    done: int
+
+    def __bool__(self) -> bool:
+        return bool(self.pending)
+
+
+def File(
+    path: str, content: str, *, why: str, mode: int = 0o644, owner: str = "root:root", then: str = ""
+) -> Step:
+    """A regular file with this content, mode and owner (`user:group`); replaced by rename, never half written."""
+    encoded = base64.b64encode(content.encode()).decode()
+    write = (
+        'umask 077; base64 -d > "$1.metal-new"; chown "$3" "$1.metal-new"; chmod "$2" "$1.metal-new";'
+        ' mv -fT "$1.metal-new" "$1"'
+    )
+    return Step(
+        name=f"file {path}",
+        why=why,
+        probe=f"at stat --format '%F, mode %a, %U:%G' -- {quote(path)}; at cat -- {quote(path)}",
+        expect=f"regular {'' if content else 'empty '}file, mode {mode:o}, {owner}\n{content}",
+        script=f"at mkdir -p -- {quote(path.rpartition('/')[0] or '/')}\n"
+        f"at bash -euc {quote(write)} file {quote(path)} {mode:o} {quote(owner)} <<< '{encoded}'",
+        then=then,
+    )
+
+
+def Directory(path: str, *, why: str, mode: int = 0o755, owner: str = "root:root") -> Step:
+    return Step(
+        name=f"directory {path}",
+        why=why,
+        probe=f"at stat --format '%F, mode %a, %U:%G' -- {quote(path)}",
+        expect=f"directory, mode {mode:o}, {owner}",
+        script=f"at install -d -m {mode:o} -o {quote(owner.split(':')[0])} -g {quote(owner.split(':')[1])} -- {quote(path)}",
+    )
+
+
+def Link(path: str, target: str, *, why: str) -> Step:
+    """A symbolic link; what stands in its place is replaced, unless it is a folder."""
+    return Step(
+        name=f"link {path}",
+        why=why,
+        probe=f"at readlink -- {quote(path)}",
+        expect=target,
+        script=f"at ln -sfnT -- {quote(target)} {quote(path)}",
+    )
+
+
+def Packages(*names: str, why: str) -> Step:
+    """Packages of the configured repositories. `merge_packages` makes one transaction of all in a plan."""
+    wanted = join(names)
+    return Step(
+        name=f"packages {' '.join(names)}",
+        why=why,
+        probe=f'pacman --root "${{root:-/}}" --deptest {wanted} || true',  # prints those that nothing installed provides
+        expect="",
+        # Never -Sy alone: a partial upgrade is unsupported on Arch (wiki, System maintenance).
+        script=f"in_target pacman -Syu --needed --noconfirm --noprogressbar {wanted}",
+        packages=names,
+    )
+
+
+def Unit(name: str, *, why: str, start: bool = True) -> Step:
+    """A systemd unit that is enabled and, on the installed system, running where `start` says so."""
+    running = f"[[ $root ]] || systemctl is-active {quote(name)}" if start else "true"
+    return Step(
+        name=f"unit {name}",
+        why=why,
+        probe=f'systemctl --root="${{root:-/}}" is-enabled {quote(name)} || true\n'
+        f"state=$({running}) || true\nprintf '%s\\n' \"${{state:-active}}\"",
+        expect="enabled\nactive",
+        script=f'systemctl --root="${{root:-/}}" enable {quote(name)}\n'
+        + (
+            f"if [[ ! $root ]]; then systemctl daemon-reload; systemctl restart {quote(name)}; fi"
+            if start
+            else ""
+        ),
+    )
+
+
+def User(name: str, *, shell: str, groups: Sequence[str], why: str) -> Step:
+    """A person's account with a home; no password is set, so that only keys log in."""
+    supplementary = ",".join(groups)
+    return Step(
+        name=f"user {name}",
+        why=why,
+        probe=f"at getent passwd {quote(name)} | cut -d: -f7\nat id -nG {quote(name)} | tr ' ' '\\n' | sort | paste -sd ' '",
+        expect=f"{shell}\n{' '.join(sorted({name, *groups}))}",
+        # '*' as the password: nothing matches it, yet sshd does not take the account for a locked one as it does with '!'
+        script=f"at id -u {quote(name)} > /dev/null 2>&1 || at useradd --create-home --user-group --password '*' {quote(name)}\n"
+        f"at usermod --shell {quote(shell)} --groups {quote(supplementary)} {quote(name)}",
+    )
+
+
+def Script(name: str, *, why: str, probe: str, script: str, expect: str = "yes", then: str = "") -> Step:
+    """Anything else: `probe` prints `expect` when it is done."""
+    return Step(name=name, why=why, probe=probe, expect=expect, script=script, then=then)
+
+
+def merge_packages(steps: Iterable[Step]) -> list[Step]:
+    """One Packages Step, at the place of the first, for all of them: one transaction keeps kernel and driver in step."""
+    listed = list(steps)
+    wanting = [step for step in listed if step.packages]
+    if not wanting:
+        return listed
+    names = tuple(dict.fromkeys(name for step in wanting for name in step.packages))
+    why = "; ".join(dict.fromkeys(f"{' '.join(step.packages)}: {step.why}" for step in wanting))
+    merged = replace(Packages(*names, why=why), name=f"{len(names)} packages")
+    return [
+        merged if step is wanting[0] else step for step in listed if step is wanting[0] or not step.packages
+    ]
+
+
+def check_unique(steps: Sequence[Step]) -> None:
+    """Two Steps of one name would undo each other for ever."""
+    seen: set[str] = set()
+    for step in steps:
+        if step.name in seen:
+            raise ProvisionError(
+                f"Two Steps are called '{step.name}'.", "A concern in provision/system yields it twice."
+            )
+        seen.add(step.name)
+
+
+# --- bash -------------------------------------------------------------------------------------------------
+
+
+def flag(then: str) -> str:
+    """Where a host remembers that this `then` is owed: set before the Step's script, removed after `then`."""
+    return f"{STATE}/then/{hashlib.sha256(then.encode()).hexdigest()[:16]}"
+
+
+def prelude(root: str) -> str:
+    return f"""root={root}
+at() {{ if [[ $root ]]; then chroot "$root" "$@"; else "$@"; fi; }}
+in_target() {{ if [[ $root ]]; then arch-chroot "$root" "$@"; else "$@"; fi; }}
+export LC_ALL=C
+"""
+
+
+def render_probes(steps: Sequence[Step], root: str, mounts: Sequence[tuple[str, str, str]] = ()) -> str:
+    """One script that runs all probes; `parse_probes` reads its output.
+
+    `mounts` (device, folder, options) are made read-only in a mount namespace of the script's own where the
+    first of them is not mounted yet, so that a probe sees a half-installed disk and changes nothing.
+    """
+    lines = [prelude(root), "mounted=yes"]
+    if mounts:
+        lines.append(f"if ! mountpoint -q {quote(mounts[0][1])}; then\n  mounted=no")
+        for device, folder, options in mounts:
+            lines.append(f"  [[ -b {device} ]] && mount -o {options} {device} {quote(folder)} 2>/dev/null")
+        lines.append("fi")
+    for index, step in enumerate(steps):
+        owed = f'[[ -e "$root"{flag(step.then)} ]]' if step.then else "false"
+        lines.append(f"printf '%s ' {index}; if {owed}; then printf 'owed '; else printf 'clear '; fi")
+        lines.append(f"(\n{step.probe}\n) < /dev/null 2> /dev/null | base64 -w0; echo")
+    body = "\n".join([*lines, "echo end"])
+    if not mounts:
+        return f"set +eo pipefail\n{body}\n"
+    inner = f"bash --norc --noprofile <(printf '%s' {quote(body)})"
+    return f"unshare --mount --propagation private {inner}\n"
+
+
+def parse_probes(steps: Sequence[Step], text: str) -> list[tuple[str, bool]]:
+    """Per Step (what its probe printed, whether its `then` is owed)."""
+    lines = text.splitlines()
+    if not lines or lines[-1] != "end" or len(lines) != len(steps) + 1:
+        raise ProvisionError("The answer of the Steps' probes is incomplete.", "Run the command again.")
+    results = []
+    for index, line in enumerate(lines[:-1]):
+        number, owed, *encoded = line.split(" ")
+        if int(number) != index:
+            raise ProvisionError(f"The probes answered out of order: {number} in place of {index}.")
+        results.append((base64.b64decode("".join(encoded)).decode(errors="replace"), owed == "owed"))
+    return results
+
+
+def make_plan(title: str, steps: Sequence[Step], observations: Sequence[tuple[str, bool]]) -> Plan:
+    pending = tuple(
+        Planned(step, observed, owed)
+        for step, (observed, owed) in zip(steps, observations, strict=True)
+        if owed or not step.is_done(observed)
+    )
+    return Plan(title, pending, len(steps) - len(pending))
+
+
+def render_apply(plan: Plan, root: str) -> str:
+    """One script for all pending Steps. It prints `@@begin N NAME`, `@@end N` and `@@failed N CODE` around their output."""
+    last = {planned.step.then: index for index, planned in enumerate(plan.pending) if planned.step.then}
+    lines = [
+        "run_step() {",
+        '  printf "@@begin %s %s\\n" "$1" "$2"',
+        '  if bash --norc --noprofile -euo pipefail <(printf \'%s\\n\' "$prelude" "$3") < /dev/null 2>&1',
+        '  then printf "\\n@@end %s\\n" "$1"; else code=$?; printf "\\n@@failed %s %s\\n" "$1" "$code"; exit "$code"; fi',
+        "}",
+        f"prelude={quote(prelude(root) + FAILED_COMMAND)}",
+    ]
+    for index, planned in enumerate(plan.pending):
+        step = planned.step
+        parts = [step.script]
+        if step.then:
+            owed = flag(step.then)
+            parts.insert(0, f'mkdir -p "$root"{STATE}/then; touch "$root"{owed}')
+            if last[step.then] == index:
+                parts.append(f'{step.then}\nrm "$root"{owed}')
+        lines.append(f"run_step {index} {quote(step.name)} {quote(chr(10).join(parts))}")
+    return "\n".join(lines) + "\n"
+
+
+FAILED_COMMAND = """trap 'printf "%s\\n" "command failed with exit $?: $BASH_COMMAND" >&2' ERR\nset -E\n"""
+
+
+# --- text for a person --------------------------------------------------------------------------------------
+
+
+def render_plan(plan: Plan, *, diffs: bool = True) -> str:
+    """The plan as text: every Step, its reason, and how what is there differs from what is wanted."""
+    if not plan:
+        return f"{plan.title}: nothing to do, {plan.done} Steps are as they should be."
+    lines = [f"{plan.title}: {len(plan.pending)} Steps to do, {plan.done} done"]
+    for number, planned in enumerate(plan.pending, 1):
+        step = planned.step
+        lines.append(f"\n{number:3}. {step.name}")
+        lines.extend(f"     {part}" for part in step.why.split("; "))
+        if diffs:
+            lines.extend(f"       {line}" for line in difference(planned))
+    return "\n".join(lines)
+
+
+def difference(planned: Planned) -> list[str]:
+    step, observed = planned.step, planned.observed.rstrip("\n")
+    if step.packages:
+        missing = observed.split()
+        return [f"missing: {' '.join(missing)}"] if missing else []
+    if step.is_done(planned.observed):
+        return [f"interrupted before: {step.then}"]
+    if "\n" not in step.expect.rstrip() and "\n" not in observed:
+        return [f"- {observed}", f"+ {step.expect}"] if observed else []
+    diff = difflib.unified_diff(observed.splitlines(), step.expect.splitlines(), lineterm="", n=1)
+    return [line for line in diff if not line.startswith(("---", "+++", "@@"))]

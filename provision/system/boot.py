@@ -1,0 +1,55 @@
+"""From firmware to init: initramfs, systemd-boot, the kernel's command line."""
+
+from collections.abc import Iterator
+
+from provision.facts import Facts
+from provision.machine import Machine
+from provision.steps import File, Script, Step, Unit
+from provision.system.disk import layout
+
+# Written out rather than left to the package's default: no `kms`, which would load nouveau before the NVIDIA
+# driver; `microcode` embeds the processor's update, so no initrd line of its own is needed.
+HOOKS = "base systemd autodetect microcode modconf keyboard sd-vconsole block filesystems fsck"
+
+
+def initramfs(machine: Machine, facts: Facts) -> Iterator[Step]:
+    rebuild = "in_target mkinitcpio --allpresets"
+    yield File(
+        "/etc/vconsole.conf",
+        f"KEYMAP={machine.system.keymap}\n",
+        why="keyboard of the text console",
+        then=rebuild,
+    )
+    yield File(
+        "/etc/mkinitcpio.conf.d/10-metal.conf",
+        f"HOOKS=({HOOKS})\n",
+        why="how the initramfs finds the root",
+        then=rebuild,
+    )
+
+
+def boot(machine: Machine, facts: Facts) -> Iterator[Step]:
+    ids, kernel = layout(machine), machine.system.kernel
+    options = " ".join(filter(None, [f"root=PARTUUID={ids.root_uuid} rw", machine.system.cmdline]))
+    yield Script(
+        "boot loader",
+        why="systemd-boot with an entry in the firmware, and as the fallback path EFI/BOOT/BOOTX64.EFI",
+        probe='cd "$root"/boot/EFI && [[ -s systemd/systemd-bootx64.efi && -s BOOT/BOOTX64.EFI ]] &&'
+        f" efibootmgr --verbose | grep -qi 'Linux Boot Manager.*{ids.esp_uuid}' && echo yes",
+        # From outside the chroot: inside, systemd >= 257 takes itself for a container and skips the EFI variables.
+        script='bootctl --esp-path="$root"/boot install',
+    )
+    # FAT keeps no modes; fmask=0077 shows every file as 0700.
+    yield File(
+        "/boot/loader/loader.conf",
+        f"default arch-{kernel}.conf\ntimeout 3\neditor no\n",
+        mode=0o700,
+        why="what boots",
+    )
+    yield File(
+        f"/boot/loader/entries/arch-{kernel}.conf",
+        f"title Arch Linux ({kernel})\nlinux /vmlinuz-{kernel}\ninitrd /initramfs-{kernel}.img\noptions {options}\n",
+        mode=0o700,
+        why="kernel, initramfs and root to boot",
+    )
+    yield Unit("systemd-boot-update.service", start=False, why="a newer systemd-boot reaches the ESP")

@@ -1,0 +1,44 @@
+"""Wired network, name resolution, sshd."""
+
+from collections.abc import Iterator
+
+from provision.facts import Facts
+from provision.machine import Machine
+from provision.steps import File, Link, Script, Step, Unit
+
+HOST_KEY = "/etc/ssh/ssh_host_ed25519_key"
+
+
+def network(machine: Machine, facts: Facts) -> Iterator[Step]:
+    yield File(
+        "/etc/systemd/network/20-wired.network",
+        # By MAC: networkd's default client id comes from the machine-id, so a new install would get a new address.
+        f"[Match]\nName={machine.network.match}\n\n[Network]\nDHCP=yes\n\n[DHCPv4]\nClientIdentifier=mac\n",
+        why="an address by DHCP, asked for by MAC so that it stays the same",
+        then="[[ $root ]] || networkctl reload",
+    )
+    yield Unit("systemd-networkd.service", why="network")
+    yield Unit("systemd-resolved.service", why="name resolution")
+    yield Link(
+        "/etc/resolv.conf", "/run/systemd/resolve/stub-resolv.conf", why="programs ask systemd-resolved"
+    )
+
+
+def sshd(machine: Machine, facts: Facts) -> Iterator[Step]:
+    """Keys only, no root; our own host key, so that the machine is known again after the reboot."""
+    # Arch has no separate privilege separation folder; Debian's sshd, which the rehearsal runs, asks for one.
+    check = "at mkdir -p /run/sshd; at /usr/sbin/sshd -t"
+    yield Script(
+        "ssh host key",
+        why="made here, on the machine, and pinned before the reboot",
+        probe=f"at test -s {HOST_KEY} && at test -s {HOST_KEY}.pub && echo yes",
+        script=f"at rm -f {HOST_KEY} {HOST_KEY}.pub\nat ssh-keygen -q -t ed25519 -N '' -C {machine.name} -f {HOST_KEY}",
+    )
+    yield File(
+        "/etc/ssh/sshd_config.d/10-metal.conf",  # sshd takes the first value it meets: before 99-archlinux.conf
+        f"HostKey {HOST_KEY}\nPermitRootLogin no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+        f"AllowUsers {machine.user.name}\n",
+        why="keys only, no root, one host key",
+        then=f"{check}\n[[ $root ]] || systemctl try-reload-or-restart sshd.service",
+    )
+    yield Unit("sshd.service", why="the way in")

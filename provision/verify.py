@@ -1,0 +1,123 @@
+"""The proof at the end: boot, units, driver, environment, and a few optimizer steps on the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from shlex import quote
+
+from provision.errors import ProvisionError
+from provision.host import Host
+from provision.machine import Machine
+from provision.steps import prelude
+from provision.system.disk import layout
+from provision.system.python import ENVIRONMENT
+
+DEADLINE_S = 900  # importing torch takes most of a minute on an emulated processor
+
+LEARN = """
+import torch
+device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.manual_seed(0)
+inputs = torch.randn(64, 8, device=device)
+targets = inputs @ torch.randn(8, 1, device=device)
+model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 1)).to(device)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+losses = []
+for _ in range(20):
+    loss = torch.nn.functional.mse_loss(model(inputs), targets)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+assert losses[-1] < losses[0], losses
+name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+print(f"torch {torch.__version__} on {name}: loss {losses[0]:.2f} -> {losses[-1]:.2f} in 20 steps")
+assert WANT_GPU is False or device == "cuda", "torch does not see the GPU"
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """`script` prints what it saw; exit 0 means good. `remedy` is what to do otherwise."""
+
+    name: str
+    script: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    check: Check
+    good: bool
+    seen: str
+
+
+def checks(machine: Machine, has_gpu: bool) -> list[Check]:
+    """What must hold on an installed machine. `has_gpu`: an NVIDIA driver was installed on it."""
+    root = layout(machine).root_uuid
+    found = [
+        Check(
+            "root file system",
+            f"seen=$(findmnt --noheadings --output PARTUUID,SOURCE,FSTYPE /); echo $seen; [[ ${{seen,,}} == {root}* ]]",
+            "It runs from another disk: check the firmware's boot order.",
+        ),
+        Check("fstab", "findmnt --verify | tail -n 1", "See findmnt --verify."),
+        Check(
+            "kernel modules",
+            "uname -r; [[ -d /usr/lib/modules/$(uname -r)/kernel ]]",
+            "An update removed the running kernel's modules: reboot.",
+        ),
+        Check(
+            "failed units",
+            "seen=$(systemctl list-units --failed --plain --no-legend | awk '{print $1}'); echo ${seen:-none}; [[ -z $seen ]]",
+            "See: systemctl status UNIT; journalctl --boot --unit UNIT",
+        ),
+        Check(
+            "free space",
+            "df --output=avail,target -h / | tail -n 1; (( $(df --output=avail / | tail -n 1) > 1048576 ))",
+            "Free 1 GiB.",
+        ),
+    ]
+    if has_gpu:
+        found += [
+            Check(
+                "driver",
+                "seen=$(</sys/module/nvidia/version); echo $seen; [[ $seen == $(modinfo -F version nvidia) ]]",
+                "nouveau may have been first, or the driver was upgraded without a reboot: mkinitcpio -P, then reboot.",
+            ),
+            Check(
+                "cards",
+                "nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader,nounits",
+                "journalctl -k | grep -E 'NVRM|Xid' names the reason.",
+            ),
+        ]
+    learn = LEARN.replace("WANT_GPU", str(has_gpu))
+    found.append(
+        Check(
+            "training steps",
+            f"{ENVIRONMENT}/bin/python -W error::UserWarning -c {quote(learn)}",
+            f"fab -H {machine.name} provision rebuilds the environment.",
+        )
+    )
+    return found
+
+
+def render_checks(wanted: Sequence[Check]) -> str:
+    lines = [prelude("")]
+    for index, check in enumerate(wanted):
+        script = f"timeout 600 bash --norc --noprofile -uo pipefail -c {quote(check.script)} < /dev/null 2>&1"
+        lines.append(f"if seen=$({script}); then good=yes; else good=no; fi")
+        lines.append(f"printf '%s %s %s\\n' {index} $good \"$(tr '\\n' ' ' <<< \"$seen\")\"")
+    return "\n".join(lines) + "\n"
+
+
+def parse_checks(wanted: Sequence[Check], text: str) -> list[Outcome]:
+    answers = [line.split(" ", 2) for line in text.splitlines()]
+    if len(answers) != len(wanted):
+        raise ProvisionError("The answer of the verification is incomplete.", "Run the command again.")
+    return [Outcome(wanted[int(number)], good == "yes", seen.strip()) for number, good, seen in answers]
+
+
+def verify(machine: Machine, host: Host, has_gpu: bool) -> list[Outcome]:
+    """One exec: all checks, in order."""
+    wanted = checks(machine, has_gpu)
+    return parse_checks(wanted, host.run(render_checks(wanted), deadline_s=DEADLINE_S).stdout)

@@ -1,0 +1,118 @@
+"""A machine file and the facts of two hosts, written by hand after what the probe prints."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from provision.facts import Facts, parse_facts
+from provision.machine import Machine, load_machine
+
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJxCVsJW7mnqQ5hPzLmV4x2nWJ9Zs0Yw3e8oTqk5fGhd person@laptop"
+
+
+def machine_folder(folder: Path, text: str, name: str = "gpu1") -> Path:
+    (folder / f"{name}.toml").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    folder = tmp_path / "machines"
+    folder.mkdir()
+    text = f'[disk]\nserial = "S4EWNX0R"\n[user]\nauthorized_keys = ["{KEY}"]\n'
+    return load_machine("gpu1", machine_folder(folder, text))
+
+
+LSBLK = {
+    "blockdevices": [
+        {
+            "name": "/dev/nvme0n1", "type": "disk", "size": 1000204886016, "serial": "S4EWNX0R", "model": "Example SSD 1TB",
+            "ro": False, "fstype": None, "label": None, "parttype": None, "partuuid": None, "partlabel": None,
+            "mountpoints": [None],
+        },
+        {
+            "name": "/dev/sda", "type": "disk", "size": 16008609792, "serial": "STICK1", "model": "Flash Drive",
+            "ro": False, "fstype": "iso9660", "label": "ARCH_202611", "parttype": None, "partuuid": None,
+            "partlabel": None, "mountpoints": [None],
+            "children": [
+                {
+                    "name": "/dev/sda1", "type": "part", "size": 900000000, "serial": None, "model": None, "ro": False,
+                    "fstype": "iso9660", "label": "ARCH_202611", "parttype": "0x0", "partuuid": "AB-01",
+                    "partlabel": None, "mountpoints": ["/run/archiso/bootmnt"],
+                }
+            ],
+        },
+        {
+            "name": "/dev/loop0", "type": "loop", "size": 800000000, "serial": None, "model": None, "ro": True,
+            "fstype": "squashfs", "label": None, "parttype": None, "partuuid": None, "partlabel": None,
+            "mountpoints": ["/run/archiso/airootfs"],
+        },
+    ]
+}  # fmt: skip
+
+PROBED_LIVE = f"""
+@system
+live
+
+@owner
+
+@applying
+inactive
+
+@hostname
+archiso
+
+@os
+arch
+
+@boot_id
+5f0c0e0e-1111-2222-3333-444455556666
+
+@clock
+1800000000
+
+@firmware
+uefi
+
+@kernel
+6.17.1-arch1-1
+
+@cpu
+AuthenticAMD
+
+@memory
+32768000
+
+@root
+
+@medium
+/dev/sda
+
+@lsblk
+{json.dumps(LSBLK, indent=3)}
+
+@holdings
+/dev/nvme0n1 aaaa
+/dev/sda bbbb
+
+@gpus
+0000:01:00.0 0x2684
+
+@nics
+enp5s0 a8:a1:59:00:00:01
+
+@end
+"""
+
+
+@pytest.fixture
+def live() -> Facts:
+    return parse_facts(PROBED_LIVE)
+
+
+def with_target(facts: Facts, **changes: object) -> Facts:
+    """The same facts with the target disk changed."""
+    target, *others = facts.disks
+    return replace(facts, disks=(replace(target, **changes), *others))  # type: ignore[arg-type]
