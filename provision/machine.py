@@ -6,6 +6,7 @@ name, the nearest that exists.
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import tomllib
@@ -133,10 +134,11 @@ def known_machines(folder: Path) -> list[str]:
     return sorted(name for name in names if name != "defaults" and not name.endswith(".local"))
 
 
-def load_machine(name: str, folder: Path) -> Machine:
+def load_machine(name: str, folder: Path, *, need_disk: bool = True) -> Machine:
     """Read and check one machine's files.
 
     Later files win: the packaged defaults, the folder's `defaults.toml`, `NAME.toml`, `NAME.local.toml`.
+    `need_disk=False` lets disk.serial be missing, for looking at a machine whose disks are not known yet.
     Raises ProvisionError with all that is wrong.
     """
     if name not in known_machines(folder):
@@ -156,7 +158,7 @@ def load_machine(name: str, folder: Path) -> Machine:
     problems = [problem for layer in layers for problem in check_layer(layer)]
     if not problems:
         machine = build_machine(name, layers)
-        problems = [f"{locate(layers, *key)}: {text}" for key, text in check_values(machine)]
+        problems = [f"{locate(layers, *key)}: {text}" for key, text in check_values(machine, need_disk)]
         if not problems:
             return machine
     raise ProvisionError(
@@ -177,8 +179,8 @@ def unknown_machine(name: str, folder: Path) -> ProvisionError:
     suggestion = f" Did you mean '{near[0]}'?" if near else ""
     return ProvisionError(
         f"No machine '{name}': there is no {folder / (name + '.toml')}.{suggestion}",
-        f"Known machines: {', '.join(known) or 'none'}. A new one needs a file with at least\n"
-        '  [disk]\n  serial = "…"\nand is then reached with: fab -H NAME plan --address ADDRESS',
+        f"Known machines: {', '.join(known) or 'none'}. For a new one, make that file (it may be empty at first), then see\n"
+        f"which disks it has: fab -H {name} disks --address ADDRESS",
     )
 
 
@@ -290,13 +292,13 @@ PATTERNS: dict[tuple[str, str], tuple[str, str]] = {
 }
 
 
-def check_values(machine: Machine) -> Iterator[tuple[tuple[str, str], str]]:
+def check_values(machine: Machine, need_disk: bool) -> Iterator[tuple[tuple[str, str], str]]:
     """What types cannot say, as ((section, key), text)."""
     for (section, key), (pattern, meaning) in PATTERNS.items():
         value = getattr(getattr(machine, section), key)
         if not re.fullmatch(pattern, value):
             yield (section, key), f"{section}.{key} is {value!r}; expected {meaning}"
-    if not machine.disk.serial:
+    if need_disk and not machine.disk.serial:
         yield (
             ("disk", "serial"),
             (
@@ -334,3 +336,25 @@ def check_values(machine: Machine) -> Iterator[tuple[tuple[str, str], str]]:
             ("python", "offline"),
             "python.offline is true, so python.find_links must name a folder of wheels",
         )
+
+
+def state_folder(name: str) -> Path:
+    """Where logs of a machine are kept on this computer: below `$XDG_STATE_HOME`, by default `~/.local/state`."""
+    base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return base / "metal-to-model" / name
+
+
+def save_local(folder: Path, name: str, section: str, key: str, value: str) -> None:
+    """Put one setting into `NAME.local.toml`, atomically; its other settings stay, its comments do not."""
+    path = folder / f"{name}.local.toml"
+    values = read_layer(path).values if path.exists() else {}
+    values.setdefault(section, {})[key] = value
+    lines = ["# Written by fab: what is true of this machine only here and now."]
+    for table, settings in values.items():
+        lines += [
+            f"[{table}]",
+            *(f"{setting} = {json.dumps(wanted)}" for setting, wanted in settings.items()),
+        ]
+    staged = path.with_suffix(".partial")
+    staged.write_text("\n".join(lines) + "\n")
+    staged.replace(path)

@@ -129,7 +129,7 @@ def Unit(name: str, *, why: str, start: bool = True) -> Step:
         expect="enabled\nactive",
         script=f'systemctl --root="${{root:-/}}" enable {quote(name)}\n'
         + (
-            f"if [[ ! $root ]]; then systemctl daemon-reload; systemctl restart {quote(name)}; fi"
+            f"if [[ ! $root ]]; then systemctl daemon-reload; systemctl start {quote(name)}; fi"
             if start
             else ""
         ),

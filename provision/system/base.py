@@ -137,7 +137,7 @@ def users(machine: Machine, facts: Facts) -> Iterator[Step]:
         f"{user.name} ALL=(ALL:ALL) NOPASSWD: ALL\n",
         mode=0o440,
         why="the account has no password to type",
-        then="at visudo --check --quiet",
+        then="in_target visudo --check --quiet",
     )
 
 

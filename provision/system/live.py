@@ -23,7 +23,7 @@ def live(machine: Machine, facts: Facts, now_s: int) -> Iterator[Step]:
             script=f'date --set "@$(( $(date +%s) + {ahead_s} ))"',
         )
     mirrorlist = "".join(f"Server = {server}\n" for server in machine.mirror.servers)
-    first = machine.mirror.servers[0].replace("$repo", "core").replace("$arch", "x86_64")
+    first = machine.mirror.servers[0].replace("$repo", "core").replace("$arch", "x86_64") + "/core.db"
     yield Script(
         "mirror of the ISO",
         why=f"packages come from {machine.mirror.servers[0]}",

@@ -27,12 +27,12 @@ def network(machine: Machine, facts: Facts) -> Iterator[Step]:
 def sshd(machine: Machine, facts: Facts) -> Iterator[Step]:
     """Keys only, no root; our own host key, so that the machine is known again after the reboot."""
     # Arch has no separate privilege separation folder; Debian's sshd, which the rehearsal runs, asks for one.
-    check = "at mkdir -p /run/sshd; at /usr/sbin/sshd -t"
+    check = "in_target bash -c 'mkdir -p /run/sshd && /usr/sbin/sshd -t'"
     yield Script(
         "ssh host key",
         why="made here, on the machine, and pinned before the reboot",
         probe=f"at test -s {HOST_KEY} && at test -s {HOST_KEY}.pub && echo yes",
-        script=f"at rm -f {HOST_KEY} {HOST_KEY}.pub\nat ssh-keygen -q -t ed25519 -N '' -C {machine.name} -f {HOST_KEY}",
+        script=f"at rm -f {HOST_KEY} {HOST_KEY}.pub\nin_target ssh-keygen -q -t ed25519 -N '' -C {machine.name} -f {HOST_KEY}",
     )
     yield File(
         "/etc/ssh/sshd_config.d/10-metal.conf",  # sshd takes the first value it meets: before 99-archlinux.conf

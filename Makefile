@@ -1,0 +1,37 @@
+# Each target sets up what it needs. PYTHON: 3.11 or newer. PIP: more arguments for pip, for example
+#   make train PIP="--index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= python3
+PIP ?=
+VENV := .venv
+BIN := $(VENV)/bin
+APT := openssh-server rsync
+
+.PHONY: rehearsal train test check setup clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(PIP) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# A machine in software goes the whole way: blank disk, Arch, training, checkpoint at home.
+rehearsal: setup
+	$(BIN)/python -m provision.rehearsal run
+
+# GPT-2 on Shakespeare, on this computer, in minutes.
+train: setup
+	$(BIN)/python -m workload train
+
+# Values, real parts (sshd, rsync), then the rehearsal.
+test: setup
+	$(BIN)/python -m provision.rehearsal setup
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .cache

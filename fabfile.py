@@ -1,0 +1,126 @@
+"""The tasks: load, gather, plan, show, apply. `fab --list` names them, `fab --help TASK` explains one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from fabric import Connection
+from invoke import Context, Exit, task
+from rich.console import Console
+
+from provision import fetch, flow, jobs
+from provision.apply import gather_facts
+from provision.errors import ProvisionError
+from provision.host import Host, connect
+from provision.machine import Machine, known_machines, load_machine, machines_folder, save_local
+from provision.system.disk import describe_disks
+
+console = Console()
+FINGERPRINT = "of the ISO's host key, SHA256:…, as `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` shows it on its console"
+ADDRESS = "where the machine answers now; kept in machines/NAME.local.toml"
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Errors as one message and exit code 1; Ctrl-C as 130."""
+    try:
+        yield
+    except ProvisionError as error:
+        raise Exit(f"\nerror: {error.message}" + (f"\n{error.hint}" if error.hint else ""), 1) from None
+    except KeyboardInterrupt:
+        raise Exit(
+            "\nStopped watching. What was begun on the host goes on; the same command follows it again.", 130
+        ) from None
+
+
+def load(c: Context, address: str = "", need_disk: bool = True) -> Machine:
+    """The machine that -H names. Without -H Fabric would run everything on this computer: refused."""
+    folder = machines_folder()
+    if not isinstance(c, Connection):
+        known = ", ".join(known_machines(folder)) or "none yet"
+        raise ProvisionError("No machine was named.", f"fab -H NAME …   Machines in {folder}: {known}")
+    if c.config.run.dry:
+        raise ProvisionError(
+            "--dry would skip reads too, and so show nothing true.", f"Use: fab -H {c.host} plan"
+        )
+    machine = load_machine(c.host, folder, need_disk=need_disk)
+    if address:
+        save_local(folder, machine.name, "ssh", "address", address)
+        machine = replace(machine, ssh=replace(machine.ssh, address=address))
+    return machine
+
+
+def pins() -> Path:
+    return machines_folder() / "known_hosts"
+
+
+def dial(c: Connection, machine: Machine, fingerprint: str = "") -> Host:
+    """The machine's Host, with the password and keys that fab was given."""
+    key_files = c.connect_kwargs.get("key_filename") or []
+    return connect(
+        machine,
+        pins(),
+        fingerprint=fingerprint,
+        password=c.connect_kwargs.get("password") or "",
+        key_files=[key_files] if isinstance(key_files, str) else key_files,
+        confirm=lambda question: flow.ask_person(f"{question} [yes/no] ").lower() == "yes",
+    )
+
+
+@task(
+    help={
+        "wipe": "serial of the disk that may lose all it holds",
+        "fingerprint": FINGERPRINT,
+        "address": ADDRESS,
+    }
+)
+def provision(c: Context, wipe: str = "", fingerprint: str = "", address: str = "") -> None:
+    """Install Arch, the NVIDIA stack and the Python environment; reboot; find the machine again; verify.
+
+    From the live ISO, or on an installed machine to mend what differs. Run it again after any failure.
+    """
+    with readable():
+        machine = load(c, address)
+        flow.provision_machine(machine, dial(c, machine, fingerprint), pins(), wipe, console).close()
+
+
+@task(help={"fingerprint": FINGERPRINT, "address": ADDRESS})
+def plan(c: Context, fingerprint: str = "", address: str = "") -> None:
+    """Show what provision would do, and what it would destroy. Changes nothing."""
+    with readable():
+        machine = load(c, address)
+        flow.show_plan(machine, dial(c, machine, fingerprint), console)
+
+
+@task(help={"fingerprint": FINGERPRINT, "address": ADDRESS})
+def disks(c: Context, fingerprint: str = "", address: str = "") -> None:
+    """List the machine's disks with serial, size and what is on them, for disk.serial of the machine file."""
+    with readable():
+        machine = load(c, address, need_disk=False)
+        console.print(
+            describe_disks(gather_facts(dial(c, machine, fingerprint))), highlight=False, markup=False
+        )
+
+
+@task(
+    iterable=["set"],
+    help={
+        "preset": "of workload/presets",
+        "set": "key=value of the configuration; may be repeated",
+        "detach": "start, do not follow",
+    },
+)
+def train(c: Context, preset: str = "gpt2-124m", set: list[str] | None = None, detach: bool = False) -> None:
+    """Send the workload, start a training run as a systemd unit, follow it. Ctrl-C leaves it running."""
+    with readable():
+        machine = load(c)
+        jobs.train(dial(c, machine), machine, preset=preset, settings=set or [], detach=detach)
+
+
+@task(help={"run": "its id; by default every run"})
+def fetch_checkpoints(c: Context, run: str = "") -> None:
+    """Bring home the complete checkpoints, metrics and reports: verified, into checkpoints/NAME."""
+    with readable():
+        machine = load(c)
+        fetch.fetch_checkpoints(dial(c, machine), machine, Path("checkpoints") / machine.name, run)

@@ -1,0 +1,171 @@
+"""The whole system as planned: golden Steps for two hosts, and every refusal before anything is touched."""
+
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from provision.errors import ProvisionError
+from provision.facts import Disk, Facts, GpuSeen, Partition
+from provision.flow import authorise_wipe
+from provision.machine import Machine
+from provision.steps import Step, render_apply, render_probes
+from provision.steps import make_plan as plan_of
+from provision.system import system
+from provision.system.disk import ESP_TYPE, ROOT_TYPE, layout, would_lose
+from provision.system.gpu import choose_driver
+from provision.system.python import CPU_INDEX, torch_index
+from tests.provision.conftest import with_target
+
+GOLDEN = Path(__file__).parent / "golden"
+NOW = 1800000000
+
+
+def render(steps: list[Step]) -> str:
+    """Steps as text for the golden files; contents of files in clear."""
+    parts = []
+    for step in steps:
+        script = re.sub(r"<<< '[A-Za-z0-9+/=]*'", "<<< CONTENT", step.script)
+        then = f"\nthen:\n{step.then}" if step.then else ""
+        parts.append(
+            f"=== {step.name}\nwhy: {step.why}\nprobe:\n{step.probe}\nexpect:\n{step.expect}\nscript:\n{script}{then}\n"
+        )
+    return "\n".join(parts)
+
+
+def installed(machine: Machine, live: Facts) -> Facts:
+    """The same host after the installation."""
+    ids = layout(machine)
+    part = Partition("", 0, "ext4", "", "", "", "", ())
+    parts = (
+        replace(part, uuid=ids.esp_uuid, type_guid=ESP_TYPE),
+        replace(part, uuid=ids.root_uuid, type_guid=ROOT_TYPE),
+    )
+    facts = replace(live, system="installed", owner="gpu1", hostname="gpu1", root_partition=ids.root_uuid)
+    return with_target(facts, partitions=parts, in_use=("/", "/boot"))
+
+
+@pytest.mark.parametrize("system_name", ["live", "installed"])
+def test_golden_steps(machine: Machine, live: Facts, system_name: str) -> None:
+    facts = live if system_name == "live" else installed(machine, live)
+    assert render(system(machine, facts, NOW)) == (GOLDEN / f"{system_name}.txt").read_text()
+
+
+@pytest.mark.parametrize("system_name", ["live", "installed"])
+def test_what_is_rendered_is_bash(machine: Machine, live: Facts, system_name: str) -> None:
+    facts = live if system_name == "live" else installed(machine, live)
+    steps = system(machine, facts, NOW)
+    plan = plan_of("", steps, [("?", True)] * len(steps))
+    scripts = [render_probes(steps, "/mnt", layout(machine).probe_mounts), render_apply(plan, "/mnt")]
+    scripts += (
+        [step.script for step in steps] + [step.probe for step in steps] + [step.then for step in steps]
+    )
+    for script in scripts:
+        checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+        assert checked.returncode == 0, checked.stderr + script
+
+
+def test_a_wrong_clock_is_set_only_when_it_is_wrong(machine: Machine, live: Facts) -> None:
+    assert not any(step.name == "clock" for step in system(machine, live, NOW + 59))
+    clock = next(step for step in system(machine, live, NOW + 3600 * 24 * 400) if step.name == "clock")
+    assert f"$(date +%s) + {3600 * 24 * 400}" in clock.script
+
+
+def test_ids_are_the_machine_and_disk(machine: Machine) -> None:
+    assert layout(machine) == layout(machine)
+    assert layout(machine) != layout(replace(machine, name="gpu2"))
+    assert layout(machine) != layout(replace(machine, disk=replace(machine.disk, serial="other")))
+
+
+def test_no_two_disks_no_missing_disk_no_medium(machine: Machine, live: Facts) -> None:
+    with pytest.raises(ProvisionError, match=r"No disk with serial 'S4EWNX0R'(.|\n)*STICK1"):
+        system(machine, replace(live, disks=live.disks[1:]), NOW)
+    with pytest.raises(ProvisionError, match="belongs to 2 disks"):
+        system(
+            machine, replace(live, disks=(live.disks[0], replace(live.disks[0], path="/dev/nvme1n1"))), NOW
+        )
+    stick = replace(machine, disk=replace(machine.disk, serial="STICK1"))
+    with pytest.raises(ProvisionError, match="is the install medium"):
+        system(stick, live, NOW)
+    with pytest.raises(ProvisionError, match="too small"):
+        system(machine, with_target(live, size_bytes=2**30), NOW)
+    with pytest.raises(ProvisionError, match="in use: /mnt/data"):
+        system(machine, with_target(live, in_use=("/mnt/data",)), NOW)
+
+
+def test_hosts_that_are_not_ours_are_refused(machine: Machine, live: Facts) -> None:
+    with pytest.raises(ProvisionError, match="archiso runs debian, and is neither"):
+        system(machine, replace(live, system="other", os="debian"), NOW)
+    with pytest.raises(ProvisionError, match="booted by a BIOS"):
+        system(machine, replace(live, uefi=False), NOW)
+    with pytest.raises(ProvisionError, match="installed as machine 'tower'"):
+        system(machine, replace(installed(machine, live), owner="tower"), NOW)
+    with pytest.raises(ProvisionError, match="runs from partition abc"):
+        system(machine, replace(installed(machine, live), root_partition="abc"), NOW)
+
+
+def windows(disk: Disk) -> dict[str, object]:
+    return {
+        "partitions": (
+            Partition(f"{disk.path}p1", 500 * 2**30, "ntfs", "Windows", "x", "y", "Basic data", ()),
+        )
+    }
+
+
+def test_a_foreign_disk_needs_its_serial(machine: Machine, live: Facts) -> None:
+    foreign = with_target(live, **windows(live.disks[0]))
+    assert "ntfs Windows Basic data" in would_lose(machine, foreign)
+    with pytest.raises(ProvisionError, match="not ours; nothing was changed") as caught:
+        authorise_wipe(machine, foreign, "", ask=lambda _: "")
+    assert "fab -H gpu1 provision --wipe=S4EWNX0R" in caught.value.hint
+    with pytest.raises(ProvisionError, match="is not the disk of machine"):
+        authorise_wipe(machine, foreign, "STICK1", ask=lambda _: "")
+    with pytest.raises(ProvisionError):
+        authorise_wipe(machine, foreign, "", ask=lambda _: "yes")
+    authorise_wipe(machine, foreign, "S4EWNX0R", ask=lambda _: "")
+    authorise_wipe(machine, foreign, "", ask=lambda _: "S4EWNX0R")
+    authorise_wipe(machine, live, "", ask=lambda _: "")  # blank
+
+
+def test_our_own_disk_loses_nothing(machine: Machine, live: Facts) -> None:
+    ours = replace(installed(machine, live), system="live")
+    assert would_lose(machine, ours) == ""
+    theirs = replace(machine, name="other")
+    assert would_lose(theirs, ours) != ""
+
+
+@pytest.mark.parametrize(
+    ("ids", "kernel", "packages"),
+    [
+        ([], "linux-lts", None),
+        ([0x2684], "linux-lts", ("nvidia-open-lts", "nvidia-utils")),
+        ([0x1E02], "linux", ("nvidia-open", "nvidia-utils")),
+        ([0x2B85, 0x2204], "linux-zen", ("nvidia-open-dkms", "linux-zen-headers", "nvidia-utils")),
+        ([0x31C2], "linux-lts", ("nvidia-open-lts", "nvidia-utils")),
+    ],
+)
+def test_driver_by_pci_id(ids: list[int], kernel: str, packages: tuple[str, ...] | None) -> None:
+    driver = choose_driver([GpuSeen(f"0000:0{i}:00.0", device) for i, device in enumerate(ids)], kernel)
+    assert (driver and driver.packages) == packages
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"), [(0x1DFF, "580xx legacy"), (0x1B06, "580xx legacy"), (0x1180, "too old")]
+)
+def test_cards_without_a_package_are_refused_before_the_wipe(
+    machine: Machine, live: Facts, device: int, reason: str
+) -> None:
+    facts = replace(live, gpus=(GpuSeen("0000:01:00.0", device), GpuSeen("0000:02:00.0", 0x2204)))
+    with pytest.raises(ProvisionError, match=reason):
+        system(machine, facts, NOW)
+    without = replace(machine, gpu=replace(machine.gpu, driver="none"))
+    assert not any("nvidia" in name for step in system(without, facts, NOW) for name in step.packages)
+
+
+def test_where_torch_comes_from(machine: Machine, live: Facts) -> None:
+    assert torch_index(machine, live) == ""
+    assert torch_index(machine, replace(live, gpus=())) == CPU_INDEX
+    chosen = replace(machine, python=replace(machine.python, torch_index="https://example.org/whl"))
+    assert torch_index(chosen, live) == "https://example.org/whl"
