@@ -1,0 +1,31 @@
+"""The learning rate, and how a run fits its steps into the time that it has."""
+
+import math
+
+from workload.config import TrainConfig
+
+
+def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
+    """The rate of update `step` (0 … steps-1) of `steps`: linear from 0 to lr, then a cosine down to lr_end · lr.
+
+    The first update has lr / warmup, update warmup - 1 has lr, the last has lr_end · lr. A run shorter than twice
+    its warm-up warms up in half of its steps.
+    """
+    warmup = min(train.warmup, steps // 2)
+    if step < warmup:
+        return train.lr * (step + 1) / warmup
+    done = (step - warmup + 1) / max(1, steps - warmup)
+    return train.lr * (train.lr_end + (1 - train.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def fit_steps(step: int, steps: int, elapsed_s: float, max_seconds: float, since: tuple[int, float]) -> int:
+    """How many steps in all fit into max_seconds when `step` of `steps` are done; never more than `steps`.
+
+    The pace is that since `since` (step, elapsed_s). Only a plan that is more than 3% too long is shortened, so a
+    machine that is fast enough runs the same schedule every time. 0 seconds: no limit.
+    """
+    done, took_s = step - since[0], elapsed_s - since[1]
+    if max_seconds <= 0 or done <= 0 or took_s <= 0 or step >= steps:
+        return steps
+    fitting = max(step + 1, step + int((max_seconds - elapsed_s) * done / took_s))
+    return fitting if fitting < 0.97 * steps else steps
