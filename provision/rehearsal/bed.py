@@ -1,0 +1,213 @@
+"""The bed: everything that a rehearsed machine needs, built in order from the cache, and machines made from it."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from provision.errors import ProvisionError
+from provision.machine import Machine, load_machine, machines_folder
+from provision.rehearsal import medium, packages, qemu, rootfs, tools, wheels
+from provision.rehearsal.cache import Cache
+from provision.rehearsal.medium import Keys
+from provision.rehearsal.server import Server
+from provision.rehearsal.vm import Vm
+from provision.system.python import CPU_INDEX
+
+NAME = "rehearsal"  # machines/rehearsal.toml
+DEFAULT_CACHE = Path(".cache/rehearsal")
+KVM_PROBE_S = 30  # a kernel under KVM reaches its root file system in two
+SNAPSHOT_SETTLE_S = 240
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The finished stages."""
+
+    keys: Keys
+    medium: Path  # folder with medium.img and vmlinuz-linux
+    repository: Path
+    wheels: Path
+
+
+class Bed:
+    """Use as a context manager: on entry the parts are built and served, on exit the server ends.
+
+    `on_build(name)` is called for each stage that is not in the cache.
+    """
+
+    def __init__(self, folder: Path = DEFAULT_CACHE, *, on_build: Callable[[str], None] = lambda name: None) -> None:
+        self.folder = folder.resolve()
+        self.log = self.folder / "logs" / "bed.log"
+        self.cache = Cache(self.folder, on_build)
+        self.stack = ExitStack()
+
+    def __enter__(self) -> "Bed":
+        tools.install_missing(self.log)
+        self.parts = build(self.cache, load_wishes(), self.log)
+        self.accelerator = choose_accelerator(self.cache, self.parts.medium / "vmlinuz-linux")
+        folders = {"repository": self.parts.repository, "wheels": self.parts.wheels}
+        self.server = Server(folders, self.folder / "logs" / "http.log")
+        self.stack.callback(self.server.close)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stack.close()
+
+    def machine(self, name: str = NAME, disks: tuple[qemu.Disk, ...] = (qemu.Disk("REHEARSAL0"),)) -> Vm:
+        """A machine that is off, in the folder `vm/NAME` of the bed; it ends with the bed at the latest."""
+        hardware = qemu.Hardware(disks, self.accelerator)
+        vm = Vm(self.folder / "vm" / name, hardware, self.parts.medium / "medium.img")
+        self.stack.callback(vm.kill)
+        return vm
+
+    def boot_live(self, vm: Vm, *, cold: bool = False) -> None:
+        """Start the machine on blank disks in the live system; returns when its sshd answers.
+
+        Unless `cold`, it goes on from a saved state: its clock is then as late as that state is old.
+        """
+        state = None if cold else self.snapshot(vm.hardware)
+        vm.blank()
+        vm.start(restore=state)
+        vm.wait_for_ssh()
+
+    def snapshot(self, hardware: qemu.Hardware) -> Path:
+        """A stage: the live system of such a machine with blank disks, booted and settled."""
+        version = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True).stdout
+        inputs = [self.parts.medium.name, hardware.key, version, Path(qemu.__file__)]
+        return self.cache.stage("snapshot", inputs, lambda stage: self.build_snapshot(stage, hardware))
+
+    def build_snapshot(self, stage: Path, hardware: qemu.Hardware) -> None:
+        vm = Vm(self.folder / "vm" / "snapshot", hardware, self.parts.medium / "medium.img")
+        try:
+            vm.blank()
+            vm.start()
+            vm.wait_for_ssh()
+            settle = "systemctl is-system-running --wait; sync; echo 3 > /proc/sys/vm/drop_caches"
+            self.ssh(vm, f"bash -c {settle!r}", deadline_s=SNAPSHOT_SETTLE_S)
+            vm.save(stage)
+        finally:
+            vm.kill()
+
+    def ssh_command(self, port: int, user: str = "root") -> list[str]:
+        """argv of OpenSSH into a live system, by the bed's keys."""
+        known = self.parts.keys.host.with_name("known_hosts")
+        known.write_text(f"live {' '.join(self.parts.keys.host_line.split()[:2])}\n")
+        options = [f"UserKnownHostsFile={known}", "HostKeyAlias=live", "StrictHostKeyChecking=yes", "BatchMode=yes"]
+        options += ["IdentitiesOnly=yes", "ConnectTimeout=20", "LogLevel=ERROR"]
+        words = [word for option in options for word in ("-o", option)]
+        identity = ["-F", "none", "-i", str(self.parts.keys.identity)]
+        return ["ssh", *identity, "-p", str(port), *words, f"{user}@127.0.0.1"]
+
+    def ssh(self, vm: Vm, command: str, *, deadline_s: float = 600) -> str:
+        """Run a command in the live system, by plain OpenSSH; its output. For the bed's own use and its tests.
+
+        Raises ProvisionError where it fails or takes longer.
+        """
+        try:
+            done = subprocess.run(
+                [*self.ssh_command(vm.ssh_port), command], capture_output=True, text=True, timeout=deadline_s, check=False
+            )
+        except subprocess.TimeoutExpired as late:
+            raise ProvisionError(f"`{command}` in the live system took longer than {deadline_s:.0f} s.") from late
+        if done.returncode:
+            raise ProvisionError(f"`{command}` in the live system ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def write_machine_files(self, vm: Vm, source: Path) -> Path:
+        """The folder for METAL_MACHINES: the machine's own file, and what is true only here and now."""
+        folder = vm.folder / "machines"
+        folder.mkdir(exist_ok=True)
+        for name in ("defaults.toml", f"{NAME}.toml"):
+            (folder / name).write_bytes((source / name).read_bytes())
+        (folder / f"{NAME}.local.toml").write_text(
+            f'[ssh]\naddress = "127.0.0.1"\nport = {vm.ssh_port}\nidentity = "{self.parts.keys.identity}"\n\n'
+            f'[mirror]\nservers = ["{self.server.url("repository")}/$repo/os/$arch"]\n\n'
+            f'[user]\nauthorized_keys = ["{self.parts.keys.identity}.pub"]\n\n'
+            f'[python]\nfind_links = "{self.server.url("wheels")}/"\n'
+        )
+        return folder
+
+
+def load_wishes() -> Machine:
+    """machines/rehearsal.toml without what is known only when a bed runs: requirements of the environment."""
+    source = machines_folder()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in ("defaults.toml", f"{NAME}.toml"):
+            (folder / file).write_bytes((source / file).read_bytes())
+        placeholder = "ssh-ed25519 " + "A" * 68
+        (folder / f"{NAME}.local.toml").write_text(
+            f'[user]\nauthorized_keys = ["{placeholder}"]\n[python]\nfind_links = "http://localhost/"\n'
+        )
+        return load_machine(NAME, folder)
+
+
+def build(cache: Cache, machine: Machine, log: Path) -> Parts:
+    """All stages, in order. Those that need root are built through sudo where this process is not root."""
+    keys = medium.load_keys(cache.folder / "keys", log)
+    uv = cache.stage("uv", [wheels.UV], lambda stage: wheels.build_uv(stage, log))
+    wanted = machine.python
+    index = wanted.torch_index or CPU_INDEX
+    wheel_inputs = [Path(wheels.__file__), wanted.torch, *wanted.packages]
+    wheel_folder = cache.stage(
+        "wheels", wheel_inputs, lambda stage: wheels.build_wheels(stage, wanted.torch, wanted.packages, index, log)
+    )
+    if os.geteuid() != 0:
+        command = [sys.executable, "-m", "provision.rehearsal", "root-stages", "--cache", str(cache.folder)]
+        subprocess.run(["sudo", *command], check=True)
+    built_medium, repository = build_root_stages(cache, keys, wheels.wheel(uv, "uv"), log)
+    return Parts(keys, built_medium, repository, wheel_folder)
+
+
+def build_root_stages(cache: Cache, keys: Keys, uv: Path, log: Path) -> tuple[Path, Path]:
+    """(medium, repository): made from one root file system by mounts, chroots and files with owners."""
+    debian = cache.stage(
+        "debian", [rootfs.SUITE, *rootfs.DEBIAN_PACKAGES], lambda stage: rootfs.build_debian(stage, log)
+    )
+    inputs = [debian.name, Path(rootfs.__file__), *sorted(rootfs.STANDIN.iterdir())]
+    dressed = cache.stage("rootfs", inputs, lambda stage: rootfs.build_rootfs(stage, debian, log))
+    built_medium = cache.stage(
+        "medium",
+        [dressed.name, Path(medium.__file__), keys.identity_line, keys.host_line],
+        lambda stage: medium.build_medium(stage, dressed / "root", keys, log),
+    )
+    repository = cache.stage(
+        "repository",
+        [dressed.name, Path(packages.__file__), uv.name],
+        lambda stage: packages.build_repository(stage, dressed, uv, log),
+    )
+    return built_medium, repository
+
+
+def choose_accelerator(cache: Cache, kernel: Path) -> qemu.Accelerator:
+    """KVM where a kernel really starts under it, else emulation. Asked once for each boot of the host."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+    def probe(stage: Path) -> None:
+        (stage / "name").write_text("kvm" if kvm_works(kernel, stage / "console.log") else "tcg")
+
+    stage = cache.stage("accelerator", [boot_id, str(kernel)], probe)
+    return qemu.KVM if (stage / "name").read_text() == "kvm" else qemu.TCG
+
+
+def kvm_works(kernel: Path, console: Path) -> bool:
+    """Start the kernel without a root: it must come as far as missing it.
+
+    That /dev/kvm can be opened says little: on some hosts the guest's first instructions hang.
+    """
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return False
+    argv = ["qemu-system-x86_64", "-machine", "q35", *qemu.KVM.options, "-m", "512", "-nodefaults", "-display", "none"]
+    argv += ["-no-reboot", "-serial", f"file:{qemu.escaped(console)}", "-kernel", str(kernel)]
+    argv += ["-append", "console=ttyS0 panic=-1"]
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(tools.bound(argv), timeout=KVM_PROBE_S, capture_output=True, check=False)
+    return console.exists() and b"Unable to mount root fs" in console.read_bytes()

@@ -1,0 +1,251 @@
+"""A pacman repository under Arch's names, cut from the root file system, with stand-ins for the rest.
+
+Names are Arch's and nothing more is there: what provision asks for and Arch does not call so fails.
+"""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from provision.rehearsal import tools
+from provision.rehearsal.rootfs import STANDIN, STANDINS, files, in_root, kernel_version, words
+
+BUILD_DATE = 1_700_000_000  # a constant: the same inputs make the same packages
+
+
+@dataclass(frozen=True)
+class Package:
+    """One package. `debian` are the Debian packages whose files are its; `extra` maps a path to (content, mode)."""
+
+    name: str
+    repository: str = "extra"
+    debian: tuple[str, ...] = ()
+    depends: tuple[str, ...] = ("base",)
+    provides: tuple[str, ...] = ()
+    conflicts: tuple[str, ...] = ()
+    backup: tuple[str, ...] = ()
+    extra: Mapping[str, tuple[bytes, int]] = field(default_factory=dict)
+    install: str = ""
+    version: str = "1-1"
+    description: str = "stand-in"
+
+
+def refusing(name: str) -> tuple[bytes, int]:
+    """A program that says what it is and fails: one that claimed success would prove nothing."""
+    return f'#!/bin/sh\necho "{name}: a stand-in of the rehearsal, it does nothing" >&2\nexit 1\n'.encode(), 0o755
+
+
+def standin(name: str, repository: str = "extra", programs: str = "", depends: str = "base") -> Package:
+    """A package with a file that says what it is, and with programs that refuse."""
+    content = {f"usr/bin/{program}": refusing(program) for program in words(programs)}
+    content[f"usr/share/rehearsal/{name}"] = (b"a stand-in of the rehearsal\n", 0o644)
+    return Package(name, repository, depends=words(depends), extra=content)
+
+
+def empty_archive() -> bytes:
+    """A cpio archive of the newc format without a file: an early initramfs that brings no microcode."""
+    name = b"TRAILER!!!\0"
+    return (b"070701" + b"00000000" * 11 + b"%08X" % len(name) + b"00000000" + name).ljust(512, b"\0")
+
+
+def unit(text: str) -> tuple[bytes, int]:
+    return text.encode(), 0o644
+
+
+# Real programs, which Debian built.
+CUT = (
+    Package("openssh", "core", ("openssh-server", "openssh-sftp-server", "openssh-client"), backup=("etc/ssh/sshd_config",)),
+    Package("sudo", "core", ("sudo",), backup=("etc/sudoers",)),
+    Package("python", "core"),  # by its folder: Debian splits the library over many packages
+    Package("btrfs-progs", "core", ("btrfs-progs",)),
+    Package("dosfstools", "core", ("dosfstools",)),
+    Package("efibootmgr", "core", ("efibootmgr",)),
+    Package("less", "core", ("less",)),
+    Package("nano", "core", ("nano",)),
+    Package("rsync", debian=("rsync",)),
+    Package("zsh", debian=("zsh", "zsh-common")),
+    Package("tmux", debian=("tmux",)),
+    Package("htop", debian=("htop",)),
+    Package("gptfdisk", debian=("gdisk",)),
+    Package("parted", debian=("parted",)),
+    Package("arch-install-scripts", debian=("arch-install-scripts",)),
+)
+BASE = Package(
+    "base",
+    "core",
+    depends=(),
+    provides=words("""
+        bash bzip2 ca-certificates coreutils cryptsetup curl dbus device-mapper e2fsprogs file filesystem findutils gawk
+        glibc gnupg grep gzip iproute2 iputils kbd kmod pacman pacman-mirrorlist pciutils procps-ng psmisc sed shadow
+        systemd systemd-sysvcompat tar tzdata util-linux xz zstd
+    """),
+    backup=words(
+        "etc/passwd etc/shadow etc/group etc/gshadow etc/pacman.conf etc/pacman.d/mirrorlist etc/locale.gen"
+    ),
+    install="post_install() {\n  systemd-machine-id-setup\n}\n",
+    description="Debian's minimal system standing in for the base package set",
+)
+MKINITCPIO = Package("mkinitcpio", "core", ("busybox-static", "cpio"), version="40-1", provides=("initramfs",))
+# One kernel under two names: the modules lie in the same folder, so only one of the two at a time.
+KERNELS = ("linux", "linux-lts")
+
+PACCACHE = {
+    "usr/lib/systemd/system/paccache.service": unit("[Service]\nType=oneshot\nExecStart=/usr/bin/paccache -r\n"),
+    "usr/lib/systemd/system/paccache.timer": unit("[Timer]\nOnCalendar=weekly\n\n[Install]\nWantedBy=timers.target\n"),
+}
+STAND_INS = (
+    standin("linux-firmware", "core"),
+    replace(standin("amd-ucode", "core"), extra={"boot/amd-ucode.img": (empty_archive(), 0o644)}),
+    replace(standin("intel-ucode"), extra={"boot/intel-ucode.img": (empty_archive(), 0o644)}),
+    standin("archlinux-keyring", "core"),
+    standin("linux-headers", "core", depends="base linux"),
+    standin("linux-lts-headers", "core", depends="base linux-lts"),
+    standin("base-devel", "core", depends="gcc make"),
+    standin("gcc", "core", "gcc g++ cc c++"),
+    standin("make", "core", "make"),
+    standin("man-db", "core", "man"),
+    standin("dkms", programs="dkms"),
+    standin("git", programs="git"),
+    standin("vim", programs="vim vi"),
+    replace(
+        standin("pacman-contrib", programs="paccache pacdiff checkupdates"),
+        extra={**standin("pacman-contrib", programs="paccache pacdiff checkupdates").extra, **PACCACHE},
+    ),
+    standin("nvidia-open", depends="base linux nvidia-utils"),
+    standin("nvidia-open-lts", depends="base linux-lts nvidia-utils"),
+    standin("nvidia-open-dkms", depends="base dkms nvidia-utils"),
+    standin("nvidia-container-toolkit", programs="nvidia-ctk", depends="base nvidia-utils"),
+    standin("cuda", programs="nvcc"),
+)
+
+
+def nvidia_utils() -> Package:
+    programs = standin("nvidia-utils", programs="nvidia-smi nvidia-persistenced nvidia-modprobe")
+    service = (STANDIN / "nvidia-persistenced.service").read_bytes()
+    return replace(
+        programs,
+        extra={**programs.extra, "usr/lib/systemd/system/nvidia-persistenced.service": (service, 0o644)},
+    )
+
+
+def uv(wheel: Path) -> Package:
+    """The real uv, out of its wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith((".data/scripts/uv", ".data/scripts/uvx"))]
+        content = {f"usr/bin/{Path(name).name}": (archive.read(name), 0o755) for name in names}
+    return Package("uv", extra=content, version=f"{wheel.name.split('-')[1]}-1", description="uv, from its wheel")
+
+
+def split(root: Path, owners: Mapping[str, str]) -> dict[str, list[str]]:
+    """Every path of the root by the package that it goes into; what nobody claims is base's."""
+    claims = {debian: package.name for package in (*CUT, MKINITCPIO) for debian in package.debian}
+    ours = {place: "mkinitcpio" for _, place, _ in STANDINS if "initcpio" in place}
+    ours |= {f"usr/lib/systemd/system/{name}": "openssh" for name in ("sshd.service", "sshdgenkeys.service")}
+    parts: dict[str, list[str]] = {}
+    for path in files(root):
+        if outside(path):
+            continue
+        if path.startswith(("usr/lib/modules/", "usr/lib/initcpio/prebuilt/")):
+            part = "kernel"
+        elif path.startswith("usr/lib/python3") or (path.startswith("usr/bin/py") and not path.endswith("/")):
+            part = "python"
+        elif path.endswith("/"):
+            part = "base"
+        else:
+            part = ours.get(path) or claims.get(owners.get(path, ""), "base")
+        parts.setdefault(part, []).append(path.rstrip("/"))
+    return parts
+
+
+def outside(path: str) -> bool:
+    """What no package of Arch's brings: other file systems, traces of the build."""
+    top = path.split("/")[0]
+    if top in ("boot", "dev", "proc", "sys", "run", "tmp", "mnt", "media", "home", "root"):
+        return path != f"{top}/"
+    return path in ("etc/fstab", "etc/.pwd.lock") or path.endswith(("group-", "passwd-", "shadow-"))
+
+
+def pkginfo(package: Package, size_bytes: int) -> str:
+    """The package's `.PKGINFO`."""
+    single = {
+        "pkgname": package.name,
+        "pkgbase": package.name,
+        "pkgver": package.version,
+        "pkgdesc": package.description,
+        "url": "https://archlinux.org/",
+        "builddate": BUILD_DATE,
+        "packager": "rehearsal",
+        "size": size_bytes,
+        "arch": "x86_64",
+        "license": "custom",
+    }
+    several = {
+        "provides": package.provides,
+        "conflict": package.conflicts,
+        "backup": package.backup,
+        "depend": package.depends,
+    }
+    lines = [f"{key} = {value}" for key, value in single.items()]
+    lines += [f"{key} = {value}" for key, values in several.items() for value in values]
+    return "\n".join(lines) + "\n"
+
+
+def pack(package: Package, paths: Sequence[str], root: Path, repository: Path, log: Path) -> None:
+    """Write one `.pkg.tar.zst` into `repository`/core or extra; `paths` are taken from the root."""
+    staging = repository / "staging"
+    content = staging / "content"
+    content.mkdir(parents=True)
+    for place, (data, mode) in package.extra.items():
+        target = content / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+        target.chmod(mode)
+    size_bytes = sum((root / path).lstat().st_size for path in paths if not (root / path).is_dir())
+    size_bytes += sum(len(data) for data, _ in package.extra.values())
+    (staging / ".PKGINFO").write_text(pkginfo(package, size_bytes))
+    (staging / "paths").write_text("".join(f"{path}\0" for path in sorted(paths)))
+    described = [".PKGINFO"]
+    if package.install:
+        (staging / ".INSTALL").write_text(package.install)
+        described.append(".INSTALL")
+    folder = repository / package.repository / "os/x86_64"
+    folder.mkdir(parents=True, exist_ok=True)
+    archive = folder / f"{package.name}-{package.version}-x86_64.pkg.tar.zst"
+    command = ["tar", "-I", "zstd -q -3 -T0", "--format=posix", "--numeric-owner", "-cf", str(archive)]
+    command += ["-C", str(staging), *described, "-C", str(content), *sorted(path.name for path in content.iterdir())]
+    command += ["-C", str(root), "--no-recursion", "--null", "-T", str(staging / "paths")]
+    tools.run(command, log=log)
+    shutil.rmtree(staging)
+
+
+def build_repository(stage: Path, rootfs: Path, uv_wheel: Path, log: Path) -> None:
+    """`core/os/x86_64` and `extra/os/x86_64` with packages and databases."""
+    root = rootfs / "root"
+    version = kernel_version(root)
+    parts = split(root, json.loads((rootfs / "owners.json").read_text()))
+    pkgbase = f"usr/lib/modules/{version}/pkgbase"
+    kernel = [path for path in parts["kernel"] if path != pkgbase]
+    pack(BASE, parts["base"], root, stage, log)
+    for package in (*CUT, MKINITCPIO):
+        pack(package, parts[package.name], root, stage, log)
+    for name in KERNELS:
+        package = Package(
+            name,
+            "core",
+            depends=("base", "initramfs"),
+            conflicts=tuple(other for other in KERNELS if other != name),
+            extra={pkgbase: (f"{name}\n".encode(), 0o644)},
+            version=f"{version.split('-')[0]}-1",
+            description="Debian's cloud kernel standing in",
+        )
+        pack(package, kernel, root, stage, log)
+    for package in (*STAND_INS, nvidia_utils(), uv(uv_wheel)):
+        pack(package, (), root, stage, log)
+    for repository in ("core", "extra"):
+        names = sorted(path.name for path in (stage / repository / "os/x86_64").glob("*.pkg.tar.zst"))
+        places = [f"/mnt/{repository}/os/x86_64/{name}" for name in names]
+        database = f"/mnt/{repository}/os/x86_64/{repository}.db.tar.gz"
+        in_root(root, ["repo-add", "--quiet", database, *places], log, binds={stage: "/mnt"})

@@ -1,0 +1,279 @@
+"""One root file system for everything: Debian packages, dressed as Arch.
+
+The live medium and every package of the repository are cut from it. Needs root: device nodes,
+owners and mounts. Mounts are made in a mount namespace of their own, so none outlives its command.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from provision.errors import ProvisionError
+from provision.rehearsal import tools
+
+STANDIN = Path(__file__).with_name("standin")
+
+
+def words(text: str) -> tuple[str, ...]:
+    """A list as a person writes it: words between blanks and lines."""
+    return tuple(text.split())
+
+
+SUITE = "bookworm"  # Python 3.11 for the guest's environment; the wheels are chosen for it
+DEBIAN_PACKAGES = (
+    # base: what Arch's package of that name, or its dependencies, would bring
+    *words("systemd-sysv systemd-boot systemd-resolved systemd-timesyncd libnss-resolve libpam-systemd udev dbus kmod"),
+    *words("iproute2 iputils-ping procps less ca-certificates curl zstd locales gnupg pciutils e2fsprogs fdisk"),
+    *words("pacman-package-manager makepkg libarchive-tools"),
+    # packages of their own in the repository
+    *words("linux-image-cloud-amd64 openssh-server sudo python3 python3-distutils rsync zsh tmux nano htop"),
+    *words("dosfstools btrfs-progs cryptsetup-bin efibootmgr gdisk parted arch-install-scripts"),
+    # for the mkinitcpio stand-in
+    *words("busybox-static cpio"),
+)
+
+OS_RELEASE = """\
+NAME="Arch Linux"
+PRETTY_NAME="Arch Linux"
+ID=arch
+BUILD_ID=rolling
+ANSI_COLOR="38;2;23;147;209"
+HOME_URL="https://archlinux.org/"
+"""
+ARCH_SERVER = "Server = https://geo.mirror.pkgbuild.com/$repo/os/$arch"
+
+# (file in standin/, place in the root, mode)
+STANDINS = (
+    ("mkinitcpio", "usr/bin/mkinitcpio", 0o755),
+    ("init", "usr/lib/initcpio/init", 0o755),
+    ("mkinitcpio.conf", "etc/mkinitcpio.conf", 0o644),
+    ("90-mkinitcpio-install.hook", "usr/share/libalpm/hooks/90-mkinitcpio-install.hook", 0o644),
+    ("mkinitcpio-alpm", "usr/share/libalpm/scripts/mkinitcpio", 0o755),
+    ("sshd.service", "usr/lib/systemd/system/sshd.service", 0o644),
+    ("sshdgenkeys.service", "usr/lib/systemd/system/sshdgenkeys.service", 0o644),
+    ("pacman.conf", "etc/pacman.conf", 0o644),
+    ("sudoers", "etc/sudoers", 0o440),
+)
+
+# Debian's own ways, which would come back on a system that should look like Arch.
+FOREIGN = words("""
+    usr/bin/apt* usr/bin/dpkg* usr/bin/deb* usr/lib/apt usr/lib/dpkg usr/lib/init usr/share/debconf usr/share/lintian
+    usr/share/initramfs-tools usr/lib/initramfs-tools usr/bin/*initramfs* etc/initramfs-tools etc/kernel etc/apt
+    etc/init.d etc/rc?.d etc/cron.* etc/systemd/system/* usr/lib/systemd/system/ssh.service
+    usr/lib/systemd/system/ssh.socket usr/lib/systemd/system/ssh@.service usr/lib/systemd/system/rescue-ssh.target
+    usr/lib/systemd/system/apt-* usr/lib/systemd/system/dpkg-* usr/lib/systemd/system/e2scrub*
+    usr/lib/systemd/system/man-db* usr/share/bug usr/share/menu var/lib/apt var/cache/apt var/lib/dpkg var/lib/initramfs-tools
+    var/cache/debconf var/log/* etc/ssh/ssh_host_* etc/machine-id etc/hostname etc/resolv.conf boot/* initrd.img* vmlinuz*
+""")
+
+# What no test looks at and an emulated disk would write for half a minute. Python's library stays whole.
+BULK = words("""
+    usr/share/doc/* usr/share/man/* usr/share/info/* usr/share/perl* usr/bin/perl* usr/lib/x86_64-linux-gnu/perl*
+    usr/lib/x86_64-linux-gnu/libperl* usr/share/gcc* usr/share/gdb usr/share/common-licenses usr/lib/klibc*
+    usr/share/zoneinfo/right usr/share/zoneinfo/posix usr/lib/udev/hwdb.bin usr/lib/udev/hwdb.d usr/share/bash-completion/*
+""")
+BULK_MODULES = words("""
+    drivers/infiniband drivers/media drivers/comedi drivers/soundwire drivers/xen drivers/hv drivers/vfio drivers/vhost
+    drivers/thermal drivers/uio drivers/cxl drivers/dax drivers/iio drivers/leds drivers/mfd drivers/power drivers/video
+    drivers/watchdog drivers/cpufreq drivers/ptp drivers/pps drivers/scsi/megaraid drivers/scsi/mpt3sas
+    drivers/scsi/qla2xxx drivers/scsi/lpfc drivers/net/ethernet/[a-hj-z]* drivers/net/wireless drivers/net/hyperv
+    drivers/net/fddi drivers/net/wireguard drivers/net/can drivers/net/ppp drivers/net/team drivers/net/vmxnet3
+    drivers/net/ieee802154 fs/ceph fs/nfs fs/nfsd fs/cachefiles fs/smb fs/orangefs fs/udf fs/xfs fs/zonefs fs/romfs
+    fs/sysv fs/erofs fs/lockd fs/nfs_common fs/netfs fs/fscache sound net/ceph net/sctp net/tipc net/rds net/openvswitch
+    net/batman-adv net/sunrpc net/netfilter/ipvs net/can net/dccp net/9p net/rxrpc net/smc net/vmw_vsock net/mpls
+    net/l2tp net/atm net/bluetooth net/mac80211 net/wireless
+""")
+KEPT_LOCALES = re.compile(r"(en|de|fr|es)_.*|i18n.*|translit.*|iso14651.*|cns11643.*|C|POSIX|locale")
+KEPT_CHARMAPS = re.compile(r"(UTF-8|ISO-8859-1)\.gz")
+KEPT_CONVERTERS = re.compile(r"UTF.*|ISO8859-1\.so|gconv-modules.*")
+
+IN_ROOT = """
+root=$1; shift
+mount -t proc proc "$root/proc"
+while [ "$1" != -- ]; do mount --bind "$1" "$root$2"; shift 2; done
+shift
+exec chroot "$root" "$@"
+"""
+
+
+def in_root(root: Path, argv: Sequence[str], log: Path, binds: Mapping[Path, str] | None = None) -> None:
+    """Run a command inside a root, with /proc and the host folders `binds` at their places in it."""
+    words = [word for host, place in (binds or {}).items() for word in (str(host), place)]
+    inside = ["bash", "-euc", IN_ROOT, "in-root", str(root), *words, "--", *argv]
+    shown = f"chroot {root.name} {' '.join(argv)}"
+    tools.run(["unshare", "--mount", "--propagation", "private", "--", *inside], log=log, shown=shown)
+
+
+def apt_lines(texts: Sequence[str]) -> list[str]:
+    """Debian's repositories as the host reaches them, for our suite; the public ones where it has none.
+
+    `texts` are the host's apt sources, of either format. Only the addresses are taken from them.
+    """
+    addresses = re.findall(r"https?://[^\s\]]+", "\n".join(line for text in texts for line in text.splitlines() if "#" not in line))
+    main = next((a for a in addresses if a.rstrip("/").endswith("/debian")), "http://mirror.example/debian")
+    security = next(
+        (a for a in addresses if a.rstrip("/").endswith("/debian-security")), "http://mirror.example/debian-security"
+    )
+    return [
+        f"deb {main} {SUITE} main",
+        f"deb {main} {SUITE}-updates main",
+        f"deb {security} {SUITE}-security main",
+    ]
+
+
+def host_apt_sources() -> list[str]:
+    folder = Path("/etc/apt")
+    files = [folder / "sources.list", *sorted((folder / "sources.list.d").glob("*"))]
+    return [file.read_text() for file in files if file.suffix in (".list", ".sources") and file.is_file()]
+
+
+def build_debian(stage: Path, log: Path) -> None:
+    """`root.tar`: the packages and what they depend on, nothing changed."""
+    sources = apt_lines(host_apt_sources())
+    if tools.find("mmdebstrap"):
+        packages = f"--include={','.join(DEBIAN_PACKAGES)}"
+        recommends = '--aptopt=APT::Install-Recommends "false"'
+        paths = [f"--dpkgopt=path-exclude=/usr/share/{place}/*" for place in ("man", "doc", "info", "locale")]
+        options = ["--variant=minbase", "--mode=root", "--format=tar", packages, recommends, *paths]
+        tools.run(["mmdebstrap", *options, SUITE, stage / "root.tar", *sources], log=log)
+        return
+    root = stage / "root"
+    mirror = sources[0].split()[1]
+    tools.run(
+        ["debootstrap", "--variant=minbase", f"--include={','.join(DEBIAN_PACKAGES)}", SUITE, root, mirror], log=log
+    )
+    tools.run(["tar", "-C", root, "--numeric-owner", "-cf", stage / "root.tar", "."], log=log)
+    shutil.rmtree(root)
+
+
+def build_rootfs(stage: Path, debian: Path, log: Path) -> None:
+    """`root/` dressed as Arch, and `owners.json`: path → Debian package, from dpkg's lists."""
+    root = stage / "root"
+    root.mkdir()
+    tools.run(["tar", "-C", root, "--numeric-owner", "--xattrs", "-xf", debian / "root.tar"], log=log)
+    (stage / "owners.json").write_text(json.dumps(dpkg_owners(root)))
+    merge_sbin(root)
+    place_kernel(root)
+    for pattern in FOREIGN + BULK:
+        remove(root, pattern)
+    slim(root)
+    install_standins(root)
+    write_arch_files(root)
+    in_root(root, ["groupadd", "--system", "wheel"], log)
+    in_root(root, ["depmod", kernel_version(root)], log)
+    prebuild_images(root, log)
+
+
+def canonical(path: str) -> str:
+    """A path of Debian as it is on Arch: below usr, and sbin is bin."""
+    path = path.strip().lstrip("/")
+    path = re.sub(r"^(bin|sbin|lib|lib64)(/|$)", r"usr/\1\2", path)
+    return re.sub(r"^usr/sbin(/|$)", r"usr/bin\1", path)
+
+
+def dpkg_owners(root: Path) -> dict[str, str]:
+    owners: dict[str, str] = {}
+    for file in (root / "var/lib/dpkg/info").glob("*.list"):
+        package = file.name.removesuffix(".list").split(":")[0]
+        owners |= {canonical(line): package for line in file.read_text().splitlines()}
+    return owners
+
+
+def merge_sbin(root: Path) -> None:
+    """One folder for programs, as on Arch: so a PATH without sbin finds `useradd`, as it would there."""
+    programs = root / "usr/bin"
+    for file in (root / "usr/sbin").iterdir():
+        if not (programs / file.name).is_symlink() and not (programs / file.name).exists():
+            file.rename(programs / file.name)
+    shutil.rmtree(root / "usr/sbin")
+    (root / "usr/sbin").symlink_to("bin")
+
+
+def kernel_version(root: Path) -> str:
+    versions = [folder.name for folder in (root / "usr/lib/modules").iterdir()]
+    if len(versions) != 1:
+        raise ProvisionError(f"Expected one kernel in {root}, found {versions or 'none'}.")
+    return versions[0]
+
+
+def place_kernel(root: Path) -> None:
+    """The image where Arch's packages have it, beside its modules."""
+    version = kernel_version(root)
+    modules = root / "usr/lib/modules" / version
+    (root / "boot" / f"vmlinuz-{version}").rename(modules / "vmlinuz")
+    (modules / "pkgbase").write_text("linux\n")
+    for link in ("build", "source"):
+        (modules / link).unlink(missing_ok=True)
+    for pattern in BULK_MODULES:
+        remove(modules / "kernel", pattern)
+
+
+def remove(root: Path, pattern: str) -> None:
+    """Files and trees that match; a pattern may match nothing, since Debian's versions differ."""
+    plain = not any(letter in pattern for letter in "*?[")  # glob would miss a link that leads nowhere
+    for path in [root / pattern] if plain else list(root.glob(pattern)):
+        if not os.path.lexists(path):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def slim(root: Path) -> None:
+    for folder, kept in (
+        ("usr/share/i18n/locales", KEPT_LOCALES),
+        ("usr/share/i18n/charmaps", KEPT_CHARMAPS),
+        ("usr/lib/x86_64-linux-gnu/gconv", KEPT_CONVERTERS),
+    ):
+        for file in (root / folder).iterdir():
+            if file.is_file() and not kept.fullmatch(file.name):
+                file.unlink()
+
+
+def install_standins(root: Path) -> None:
+    for name, place, mode in STANDINS:
+        write(root, place, (STANDIN / name).read_text(), mode)
+
+
+def write(root: Path, place: str, text: str, mode: int = 0o644) -> None:
+    target = root / place
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)  # a link of Debian's must not be written through
+    target.write_text(text)
+    target.chmod(mode)
+
+
+def write_arch_files(root: Path) -> None:
+    for mount_point in ("proc", "sys"):
+        (root / mount_point).chmod(0o555)  # as pacstrap makes them
+    write(root, "usr/lib/os-release", OS_RELEASE)
+    write(root, "etc/arch-release", "")
+    write(root, "etc/issue", "Arch Linux \\r (\\l)\n\n")
+    write(root, "etc/pacman.d/mirrorlist", f"#{ARCH_SERVER}\n")
+    write(root, "usr/lib/systemd/system-preset/99-default.preset", "disable *\n")
+
+
+def prebuild_images(root: Path, log: Path) -> None:
+    """The two initramfs images that the stand-in copies instead of making them in an emulated machine."""
+    version = kernel_version(root)
+    folder = root / "usr/lib/initcpio/prebuilt"
+    folder.mkdir(parents=True)
+    for name, hooks in (("plain", "base block filesystems"), ("encrypted", "base block sd-encrypt filesystems")):
+        write(root, "tmp/hooks.conf", f"HOOKS=({hooks})\n")
+        image = f"/tmp/{name}.img"
+        in_root(root, ["mkinitcpio", "-k", version, "-c", "/tmp/hooks.conf", "-g", image], log)
+        (root / image.lstrip("/")).rename(folder / f"{version}-{name}.img")
+    (root / "tmp/hooks.conf").unlink()
+
+
+def files(root: Path) -> Iterator[str]:
+    """Every path below a root, relative; folders end in `/`, links are files."""
+    for folder, folders, names in os.walk(root):
+        inside = Path(folder).relative_to(root)
+        yield from (str(inside / name) for name in names)
+        for name in folders:
+            yield str(inside / name) + ("" if (Path(folder) / name).is_symlink() else "/")

@@ -1,0 +1,203 @@
+"""A running virtual machine: started, watched, saved, cut off. It ends with the process that started it."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from provision.errors import ProvisionError
+from provision.rehearsal import qemu, tools
+
+QMP_WAIT_S = 20
+BOOT_WAIT_S = 400  # four times an emulated boot on two quiet cores
+SAVE_WAIT_S = 300
+
+# Words on the serial console after which nobody will answer on the network any more.
+DEAD_ENDS = re.compile(
+    rb"Shell> |\(initramfs\)|BusyBox v|initramfs: [^\r\n]*|emergency mode|Kernel panic[^\r\n]*|BdsDxe: No bootable option"
+)
+
+
+class Vm:
+    """One machine in a folder: its disks, its firmware's variables and its logs outlive a run.
+
+    `ssh_port` is a free port of the host's loopback that leads to the guest's port 22.
+    """
+
+    def __init__(self, folder: Path, hardware: qemu.Hardware, medium: Path, *, ssh_port: int = 0) -> None:
+        self.folder = folder
+        self.hardware = hardware
+        self.medium = medium
+        self.ssh_port = ssh_port or free_port()
+        self.serial_log = folder / "serial.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.watched_from = 0  # bytes of the serial log that belong to earlier starts
+        self.qmp: Qmp | None = None
+        self.sockets: Path | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def disk_paths(self) -> tuple[Path, ...]:
+        return tuple(self.folder / f"{disk.serial}.qcow2" for disk in self.hardware.disks)
+
+    def blank(self) -> None:
+        """New empty disks, new firmware variables, empty logs."""
+        shutil.copy(tools.firmware()[1], self.folder / "variables.fd")
+        self.serial_log.write_bytes(b"")
+        for disk, path in zip(self.hardware.disks, self.disk_paths(), strict=True):
+            path.unlink(missing_ok=True)
+            create = ["qemu-img", "create", "-q", "-f", "qcow2", path, f"{disk.size_gib}G"]
+            tools.run(create, log=self.folder / "qemu.log")
+
+    def start(self, *, first: Literal["disk", "medium"] = "disk", restore: Path | None = None) -> None:
+        """Power on, or go on from a saved state in the folder `restore` (with disks as they were then)."""
+        if restore:
+            shutil.copy(restore / "variables.fd", self.folder / "variables.fd")
+        self.sockets = Path(tempfile.mkdtemp(prefix="rehearsal-"))  # a socket's path may have 107 bytes only
+        files = qemu.Files(
+            firmware=tools.firmware()[0],
+            variables=self.folder / "variables.fd",
+            medium=self.medium,
+            disks=self.disk_paths(),
+            serial_log=self.serial_log,
+            serial_socket=self.sockets / "serial",
+            qmp_socket=self.sockets / "qmp",
+        )
+        self.watched_from = self.serial_log.stat().st_size if self.serial_log.exists() else 0
+        argv = qemu.arguments(
+            self.hardware, files, ssh_port=self.ssh_port, first=first, restore=restore and restore / "state"
+        )
+        with (self.folder / "qemu.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                tools.bound(["nice", "-n", "5", *argv]), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        wait_until(lambda: files.qmp_socket.exists(), self.check, QMP_WAIT_S, "QEMU's control socket")
+        self.qmp = Qmp(files.qmp_socket)
+        if restore:
+            wait_until(lambda: self.status() != "inmigrate", self.check, SAVE_WAIT_S, "the saved state")
+            self.qmp.command("cont")
+
+    def status(self) -> str:
+        assert self.qmp, "not started"
+        return str(self.qmp.command("query-status")["status"])
+
+    def save(self, folder: Path) -> None:
+        """Freeze the machine and write `state` and `variables.fd`; it is of no use afterwards."""
+        assert self.qmp, "not started"
+        self.qmp.command("stop")
+        self.qmp.command("migrate", uri=f"exec:cat > {qemu.quoted(folder / 'state')}")
+        done = ("completed", "failed", "cancelled")
+        state = lambda: str(self.qmp and self.qmp.command("query-migrate").get("status"))  # noqa: E731
+        wait_until(lambda: state() in done, self.check, SAVE_WAIT_S, "the machine's state on disk")
+        if state() != "completed":
+            raise ProvisionError(f"QEMU could not save the machine: {state()}.", f"See {self.folder / 'qemu.log'}")
+        shutil.copy(self.folder / "variables.fd", folder / "variables.fd")
+
+    def serial_text(self) -> str:
+        """What the console said since the last start."""
+        return self.serial_bytes().decode(errors="replace").replace("\r", "")
+
+    def serial_bytes(self) -> bytes:
+        with self.serial_log.open("rb") as log:
+            log.seek(self.watched_from)
+            return log.read()
+
+    def check(self) -> None:
+        """Raises ProvisionError where QEMU ended or the console shows that the boot did."""
+        if self.process is None:
+            raise ProvisionError("The virtual machine is not running.")
+        if (status := self.process.poll()) is not None:
+            log = self.folder / "qemu.log"
+            raise ProvisionError(f"QEMU ended with status {status}:\n{tools.last_lines(log)}", f"See {log}")
+        if self.serial_log.exists() and (found := DEAD_ENDS.search(self.serial_bytes())):
+            raise ProvisionError(
+                f"The virtual machine does not come up: its console says {found[0].decode(errors='replace')!r}:\n"
+                + tools.last_lines(self.serial_log, start=self.watched_from),
+                f"The whole console: {self.serial_log}",
+            )
+
+    def wait_for_ssh(self, deadline_s: float = BOOT_WAIT_S) -> None:
+        """Until a server on the guest's port 22 says SSH; fails at once on a dead end."""
+        wait_until(lambda: says_ssh(self.ssh_port), self.check, deadline_s, f"SSH on port {self.ssh_port}")
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def kill(self) -> None:
+        """Cut the power. Disks stay as they are; `start` goes on from there."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+        if self.qmp is not None:
+            self.qmp.close()
+            self.qmp = None
+        if self.sockets is not None:
+            shutil.rmtree(self.sockets)
+            self.sockets = None
+
+
+class Qmp:
+    """QEMU's control channel: one JSON object a line, an answer to each command, events between."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(QMP_WAIT_S)
+        deadline = time.monotonic() + QMP_WAIT_S
+        while True:  # the path appears a moment before QEMU listens
+            try:
+                self.socket.connect(str(path))
+                break
+            except ConnectionRefusedError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        self.lines = self.socket.makefile("r")
+        self.lines.readline()
+        self.command("qmp_capabilities")
+
+    def command(self, name: str, **arguments: object) -> dict[str, Any]:
+        """Raises ProvisionError with QEMU's own words where it refuses."""
+        self.socket.sendall(json.dumps({"execute": name, "arguments": arguments}).encode() + b"\n")
+        while line := self.lines.readline():
+            answer = json.loads(line)
+            if "error" in answer:
+                raise ProvisionError(f"QEMU refuses {name}: {answer['error'].get('desc')}")
+            if "return" in answer:
+                result = answer["return"]
+                return result if isinstance(result, dict) else {"value": result}
+        raise ProvisionError(f"QEMU closed its control channel at {name}.")
+
+    def close(self) -> None:
+        self.lines.close()
+        self.socket.close()
+
+
+def wait_until(done: Callable[[], bool], check: Callable[[], None], deadline_s: float, what: str) -> None:
+    """Poll `done`; `check` may raise sooner than the deadline does."""
+    deadline = time.monotonic() + deadline_s
+    while not done():
+        check()
+        if time.monotonic() > deadline:
+            raise ProvisionError(f"Waited {deadline_s:.0f} s in vain for {what}.")
+        time.sleep(0.1)
+
+
+def says_ssh(port: int) -> bool:
+    """One look, 3 s at most: QEMU accepts the connection long before the guest does."""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=3) as connection:
+        return connection.recv(8).startswith(b"SSH-")
+    return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
