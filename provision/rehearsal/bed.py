@@ -41,14 +41,15 @@ class Bed:
     `on_build(name)` is called for each stage that is not in the cache.
     """
 
-    def __init__(self, folder: Path = DEFAULT_CACHE, *, on_build: Callable[[str], None] = lambda name: None) -> None:
+    def __init__(
+        self, folder: Path = DEFAULT_CACHE, *, on_build: Callable[[str], None] = lambda name: None
+    ) -> None:
         self.folder = folder.resolve()
         self.log = self.folder / "logs" / "bed.log"
         self.cache = Cache(self.folder, on_build)
         self.stack = ExitStack()
 
     def __enter__(self) -> "Bed":
-        tools.install_missing(self.log)
         self.parts = build(self.cache, load_wishes(), self.log)
         self.accelerator = choose_accelerator(self.cache, self.parts.medium / "vmlinuz-linux")
         folders = {"repository": self.parts.repository, "wheels": self.parts.wheels}
@@ -80,8 +81,10 @@ class Bed:
 
     def snapshot(self, hardware: qemu.Hardware) -> Path:
         """A stage: the live system of such a machine with blank disks, booted and settled."""
-        version = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True).stdout
-        inputs = [self.parts.medium.name, hardware.key, version, Path(qemu.__file__)]
+        version = subprocess.run(
+            ["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True
+        ).stdout
+        inputs: list[str | Path] = [self.parts.medium.name, hardware.key, version, Path(qemu.__file__)]
         return self.cache.stage("snapshot", inputs, lambda stage: self.build_snapshot(stage, hardware))
 
     def build_snapshot(self, stage: Path, hardware: qemu.Hardware) -> None:
@@ -100,7 +103,12 @@ class Bed:
         """argv of OpenSSH into a live system, by the bed's keys."""
         known = self.parts.keys.host.with_name("known_hosts")
         known.write_text(f"live {' '.join(self.parts.keys.host_line.split()[:2])}\n")
-        options = [f"UserKnownHostsFile={known}", "HostKeyAlias=live", "StrictHostKeyChecking=yes", "BatchMode=yes"]
+        options = [
+            f"UserKnownHostsFile={known}",
+            "HostKeyAlias=live",
+            "StrictHostKeyChecking=yes",
+            "BatchMode=yes",
+        ]
         options += ["IdentitiesOnly=yes", "ConnectTimeout=20", "LogLevel=ERROR"]
         words = [word for option in options for word in ("-o", option)]
         identity = ["-F", "none", "-i", str(self.parts.keys.identity)]
@@ -113,12 +121,20 @@ class Bed:
         """
         try:
             done = subprocess.run(
-                [*self.ssh_command(vm.ssh_port), command], capture_output=True, text=True, timeout=deadline_s, check=False
+                [*self.ssh_command(vm.ssh_port), command],
+                capture_output=True,
+                text=True,
+                timeout=deadline_s,
+                check=False,
             )
         except subprocess.TimeoutExpired as late:
-            raise ProvisionError(f"`{command}` in the live system took longer than {deadline_s:.0f} s.") from late
+            raise ProvisionError(
+                f"`{command}` in the live system took longer than {deadline_s:.0f} s."
+            ) from late
         if done.returncode:
-            raise ProvisionError(f"`{command}` in the live system ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+            raise ProvisionError(
+                f"`{command}` in the live system ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+            )
         return done.stdout
 
     def write_machine_files(self, vm: Vm, source: Path) -> Path:
@@ -156,9 +172,11 @@ def build(cache: Cache, machine: Machine, log: Path) -> Parts:
     uv = cache.stage("uv", [wheels.UV], lambda stage: wheels.build_uv(stage, log))
     wanted = machine.python
     index = wanted.torch_index or CPU_INDEX
-    wheel_inputs = [Path(wheels.__file__), wanted.torch, *wanted.packages]
+    wheel_inputs: list[str | Path] = [Path(wheels.__file__), wanted.torch, *wanted.packages]
     wheel_folder = cache.stage(
-        "wheels", wheel_inputs, lambda stage: wheels.build_wheels(stage, wanted.torch, wanted.packages, index, log)
+        "wheels",
+        wheel_inputs,
+        lambda stage: wheels.build_wheels(stage, wanted.torch, wanted.packages, index, log),
     )
     if os.geteuid() != 0:
         command = [sys.executable, "-m", "provision.rehearsal", "root-stages", "--cache", str(cache.folder)]
@@ -172,7 +190,7 @@ def build_root_stages(cache: Cache, keys: Keys, uv: Path, log: Path) -> tuple[Pa
     debian = cache.stage(
         "debian", [rootfs.SUITE, *rootfs.DEBIAN_PACKAGES], lambda stage: rootfs.build_debian(stage, log)
     )
-    inputs = [debian.name, Path(rootfs.__file__), *sorted(rootfs.STANDIN.iterdir())]
+    inputs: list[str | Path] = [debian.name, Path(rootfs.__file__), *sorted(rootfs.STANDIN.iterdir())]
     dressed = cache.stage("rootfs", inputs, lambda stage: rootfs.build_rootfs(stage, debian, log))
     built_medium = cache.stage(
         "medium",
@@ -205,7 +223,17 @@ def kvm_works(kernel: Path, console: Path) -> bool:
     """
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return False
-    argv = ["qemu-system-x86_64", "-machine", "q35", *qemu.KVM.options, "-m", "512", "-nodefaults", "-display", "none"]
+    argv = [
+        "qemu-system-x86_64",
+        "-machine",
+        "q35",
+        *qemu.KVM.options,
+        "-m",
+        "512",
+        "-nodefaults",
+        "-display",
+        "none",
+    ]
     argv += ["-no-reboot", "-serial", f"file:{qemu.escaped(console)}", "-kernel", str(kernel)]
     argv += ["-append", "console=ttyS0 panic=-1"]
     with suppress(subprocess.TimeoutExpired):

@@ -46,7 +46,9 @@ class Cache:
                 self.prune(name, target)
         try:
             target.touch()
-        except PermissionError:  # a stage made by root for an ordinary user: its age then counts from its making
+        except (
+            PermissionError
+        ):  # a stage made by root for an ordinary user: its age then counts from its making
             return target
         return target
 

@@ -13,7 +13,9 @@ from provision.rehearsal.rootfs import ARCH_SERVER, STANDIN, in_root, kernel_ver
 
 LABEL = "ARCH_202611"
 HOST_NAME = "archiso"
-ROOT_PASSWORD = "archiso"  # a person at the console would have typed one; the ISO itself has none and sshd refuses
+ROOT_PASSWORD = (
+    "archiso"  # a person at the console would have typed one; the ISO itself has none and sshd refuses
+)
 SECTOR_BYTES = 512
 FIRST_SECTOR = 2048  # partition at 1 MiB
 
@@ -85,7 +87,21 @@ def load_keys(folder: Path, log: Path) -> Keys:
             partial = path.with_name(path.name + ".partial")
             for leftover in (partial, partial.with_name(partial.name + ".pub")):
                 leftover.unlink(missing_ok=True)
-            tools.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"rehearsal {path.name}", "-f", partial], log=log)
+            tools.run(
+                [
+                    "ssh-keygen",
+                    "-q",
+                    "-t",
+                    "ed25519",
+                    "-N",
+                    "",
+                    "-C",
+                    f"rehearsal {path.name}",
+                    "-f",
+                    partial,
+                ],
+                log=log,
+            )
             partial.with_name(partial.name + ".pub").rename(path.with_name(path.name + ".pub"))
             partial.rename(path)  # the private key last: with it the pair is complete
     return keys

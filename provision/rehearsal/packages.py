@@ -35,7 +35,10 @@ class Package:
 
 def refusing(name: str) -> tuple[bytes, int]:
     """A program that says what it is and fails: one that claimed success would prove nothing."""
-    return f'#!/bin/sh\necho "{name}: a stand-in of the rehearsal, it does nothing" >&2\nexit 1\n'.encode(), 0o755
+    return (
+        f'#!/bin/sh\necho "{name}: a stand-in of the rehearsal, it does nothing" >&2\nexit 1\n'.encode(),
+        0o755,
+    )
 
 
 def standin(name: str, repository: str = "extra", programs: str = "", depends: str = "base") -> Package:
@@ -57,7 +60,12 @@ def unit(text: str) -> tuple[bytes, int]:
 
 # Real programs, which Debian built.
 CUT = (
-    Package("openssh", "core", ("openssh-server", "openssh-sftp-server", "openssh-client"), backup=("etc/ssh/sshd_config",)),
+    Package(
+        "openssh",
+        "core",
+        ("openssh-server", "openssh-sftp-server", "openssh-client"),
+        backup=("etc/ssh/sshd_config",),
+    ),
     Package("sudo", "core", ("sudo",), backup=("etc/sudoers",)),
     Package("python", "core"),  # by its folder: Debian splits the library over many packages
     Package("btrfs-progs", "core", ("btrfs-progs",)),
@@ -88,13 +96,19 @@ BASE = Package(
     install="post_install() {\n  systemd-machine-id-setup\n}\n",
     description="Debian's minimal system standing in for the base package set",
 )
-MKINITCPIO = Package("mkinitcpio", "core", ("busybox-static", "cpio"), version="40-1", provides=("initramfs",))
+MKINITCPIO = Package(
+    "mkinitcpio", "core", ("busybox-static", "cpio"), version="40-1", provides=("initramfs",)
+)
 # One kernel under two names: the modules lie in the same folder, so only one of the two at a time.
 KERNELS = ("linux", "linux-lts")
 
 PACCACHE = {
-    "usr/lib/systemd/system/paccache.service": unit("[Service]\nType=oneshot\nExecStart=/usr/bin/paccache -r\n"),
-    "usr/lib/systemd/system/paccache.timer": unit("[Timer]\nOnCalendar=weekly\n\n[Install]\nWantedBy=timers.target\n"),
+    "usr/lib/systemd/system/paccache.service": unit(
+        "[Service]\nType=oneshot\nExecStart=/usr/bin/paccache -r\n"
+    ),
+    "usr/lib/systemd/system/paccache.timer": unit(
+        "[Timer]\nOnCalendar=weekly\n\n[Install]\nWantedBy=timers.target\n"
+    ),
 }
 STAND_INS = (
     standin("linux-firmware", "core"),
@@ -134,9 +148,13 @@ def nvidia_utils() -> Package:
 def uv(wheel: Path) -> Package:
     """The real uv, out of its wheel."""
     with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith((".data/scripts/uv", ".data/scripts/uvx"))]
+        names = [
+            name for name in archive.namelist() if name.endswith((".data/scripts/uv", ".data/scripts/uvx"))
+        ]
         content = {f"usr/bin/{Path(name).name}": (archive.read(name), 0o755) for name in names}
-    return Package("uv", extra=content, version=f"{wheel.name.split('-')[1]}-1", description="uv, from its wheel")
+    return Package(
+        "uv", extra=content, version=f"{wheel.name.split('-')[1]}-1", description="uv, from its wheel"
+    )
 
 
 def split(root: Path, owners: Mapping[str, str]) -> dict[str, list[str]]:
@@ -215,7 +233,14 @@ def pack(package: Package, paths: Sequence[str], root: Path, repository: Path, l
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / f"{package.name}-{package.version}-x86_64.pkg.tar.zst"
     command = ["tar", "-I", "zstd -q -3 -T0", "--format=posix", "--numeric-owner", "-cf", str(archive)]
-    command += ["-C", str(staging), *described, "-C", str(content), *sorted(path.name for path in content.iterdir())]
+    command += [
+        "-C",
+        str(staging),
+        *described,
+        "-C",
+        str(content),
+        *sorted(path.name for path in content.iterdir()),
+    ]
     command += ["-C", str(root), "--no-recursion", "--null", "-T", str(staging / "paths")]
     tools.run(command, log=log)
     shutil.rmtree(staging)

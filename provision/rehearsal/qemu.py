@@ -73,7 +73,14 @@ def arguments(
     A tool that takes the first disk that it sees would wipe its own boot medium here.
     `first` is what the firmware tries first; an empty disk falls through to the medium.
     """
-    argv = ["qemu-system-x86_64", "-name", "rehearsal", "-machine", "q35,smm=off", *hardware.accelerator.options]
+    argv = [
+        "qemu-system-x86_64",
+        "-name",
+        "rehearsal",
+        "-machine",
+        "q35,smm=off",
+        *hardware.accelerator.options,
+    ]
     argv += ["-smp", str(hardware.processors), "-m", str(hardware.memory_mib)]
     argv += ["-nodefaults", "-display", "none", "-rtc", "base=utc", "-device", "virtio-rng-pci"]
     argv += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={escaped(files.firmware)}"]
@@ -84,7 +91,10 @@ def arguments(
     argv += ["-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{ssh_port}-:22"]
     argv += ["-device", "virtio-net-pci,netdev=net,romfile="]
     argv += ["-drive", f"if=none,id=medium,format=raw,readonly=on,file={escaped(files.medium)}"]
-    argv += ["-device", f"virtio-blk-pci,drive=medium,serial=MEDIUM,bootindex={0 if first == 'medium' else 9}"]
+    argv += [
+        "-device",
+        f"virtio-blk-pci,drive=medium,serial=MEDIUM,bootindex={0 if first == 'medium' else 9}",
+    ]
     argv += disk_arguments(hardware.disks, files.disks)
     if restore:
         argv += ["-incoming", f"exec:cat {quoted(restore)}"]
@@ -97,7 +107,12 @@ def disk_arguments(disks: Sequence[Disk], paths: Sequence[Path]) -> list[str]:
         # cache=unsafe: what a killed QEMU wrote is in the host's page cache; only a crash of the host loses it
         drive = f"if=none,id=disk{index},format=qcow2,cache=unsafe,discard=unmap,file={escaped(path)}"
         device = "nvme" if disk.bus == "nvme" else "virtio-blk-pci"
-        argv += ["-drive", drive, "-device", f"{device},drive=disk{index},serial={disk.serial},bootindex={index + 1}"]
+        argv += [
+            "-drive",
+            drive,
+            "-device",
+            f"{device},drive=disk{index},serial={disk.serial},bootindex={index + 1}",
+        ]
     return argv
 
 

@@ -25,8 +25,12 @@ def words(text: str) -> tuple[str, ...]:
 SUITE = "bookworm"  # Python 3.11 for the guest's environment; the wheels are chosen for it
 DEBIAN_PACKAGES = (
     # base: what Arch's package of that name, or its dependencies, would bring
-    *words("systemd-sysv systemd-boot systemd-resolved systemd-timesyncd libnss-resolve libpam-systemd udev dbus kmod"),
-    *words("iproute2 iputils-ping procps less ca-certificates curl zstd locales gnupg pciutils e2fsprogs fdisk"),
+    *words(
+        "systemd-sysv systemd-boot systemd-resolved systemd-timesyncd libnss-resolve libpam-systemd udev dbus kmod"
+    ),
+    *words(
+        "iproute2 iputils-ping procps less ca-certificates curl zstd locales gnupg pciutils e2fsprogs fdisk"
+    ),
     *words("pacman-package-manager makepkg libarchive-tools"),
     # packages of their own in the repository
     *words("linux-image-cloud-amd64 openssh-server sudo python3 python3-distutils rsync zsh tmux nano htop"),
@@ -112,10 +116,14 @@ def apt_lines(texts: Sequence[str]) -> list[str]:
 
     `texts` are the host's apt sources, of either format. Only the addresses are taken from them.
     """
-    addresses = re.findall(r"https?://[^\s\]]+", "\n".join(line for text in texts for line in text.splitlines() if "#" not in line))
+    addresses = re.findall(
+        r"https?://[^\s\]]+",
+        "\n".join(line for text in texts for line in text.splitlines() if "#" not in line),
+    )
     main = next((a for a in addresses if a.rstrip("/").endswith("/debian")), "http://mirror.example/debian")
     security = next(
-        (a for a in addresses if a.rstrip("/").endswith("/debian-security")), "http://mirror.example/debian-security"
+        (a for a in addresses if a.rstrip("/").endswith("/debian-security")),
+        "http://mirror.example/debian-security",
     )
     return [
         f"deb {main} {SUITE} main",
@@ -143,7 +151,8 @@ def build_debian(stage: Path, log: Path) -> None:
     root = stage / "root"
     mirror = sources[0].split()[1]
     tools.run(
-        ["debootstrap", "--variant=minbase", f"--include={','.join(DEBIAN_PACKAGES)}", SUITE, root, mirror], log=log
+        ["debootstrap", "--variant=minbase", f"--include={','.join(DEBIAN_PACKAGES)}", SUITE, root, mirror],
+        log=log,
     )
     tools.run(["tar", "-C", root, "--numeric-owner", "-cf", stage / "root.tar", "."], log=log)
     shutil.rmtree(root)
@@ -262,7 +271,10 @@ def prebuild_images(root: Path, log: Path) -> None:
     version = kernel_version(root)
     folder = root / "usr/lib/initcpio/prebuilt"
     folder.mkdir(parents=True)
-    for name, hooks in (("plain", "base block filesystems"), ("encrypted", "base block sd-encrypt filesystems")):
+    for name, hooks in (
+        ("plain", "base block filesystems"),
+        ("encrypted", "base block sd-encrypt filesystems"),
+    ):
         write(root, "tmp/hooks.conf", f"HOOKS=({hooks})\n")
         image = f"/tmp/{name}.img"
         in_root(root, ["mkinitcpio", "-k", version, "-c", "/tmp/hooks.conf", "-g", image], log)

@@ -30,6 +30,7 @@ TOOLS = (
     Tool("ssh-keygen", "openssh-client", "openssh"),
     Tool("rsync", "rsync", "rsync"),
     Tool("setpriv", "util-linux", "util-linux"),
+    Tool("/usr/sbin/sshd", "openssh-server", "openssh"),  # for the tests of the transport
 )
 # What differs between the two distributions: where the firmware lies, and who can make a Debian root.
 DEBIAN_ONLY = (
@@ -88,7 +89,8 @@ def install_missing(log: Path) -> list[str]:
             commands = [["pacman", "-Syu", "--needed", "--noconfirm", *packages]]
         case _:
             raise ProvisionError(
-                "This host is neither Debian nor Arch, and lacks programs of these packages: " + ", ".join(packages),
+                "This host is neither Debian nor Arch, and lacks programs of these packages: "
+                + ", ".join(packages),
                 "Install them and run the same command again.",
             )
     for command in commands:

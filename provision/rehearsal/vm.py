@@ -52,7 +52,7 @@ class Vm:
         self.serial_log.write_bytes(b"")
         for disk, path in zip(self.hardware.disks, self.disk_paths(), strict=True):
             path.unlink(missing_ok=True)
-            create = ["qemu-img", "create", "-q", "-f", "qcow2", path, f"{disk.size_gib}G"]
+            create = ["qemu-img", "create", "-q", "-f", "qcow2", str(path), f"{disk.size_gib}G"]
             tools.run(create, log=self.folder / "qemu.log")
 
     def start(self, *, first: Literal["disk", "medium"] = "disk", restore: Path | None = None) -> None:
@@ -92,11 +92,17 @@ class Vm:
         assert self.qmp, "not started"
         self.qmp.command("stop")
         self.qmp.command("migrate", uri=f"exec:cat > {qemu.quoted(folder / 'state')}")
-        done = ("completed", "failed", "cancelled")
-        state = lambda: str(self.qmp and self.qmp.command("query-migrate").get("status"))  # noqa: E731
-        wait_until(lambda: state() in done, self.check, SAVE_WAIT_S, "the machine's state on disk")
+
+        def state() -> str:
+            assert self.qmp
+            return str(self.qmp.command("query-migrate").get("status"))
+
+        ends = ("completed", "failed", "cancelled")
+        wait_until(lambda: state() in ends, self.check, SAVE_WAIT_S, "the machine's state on disk")
         if state() != "completed":
-            raise ProvisionError(f"QEMU could not save the machine: {state()}.", f"See {self.folder / 'qemu.log'}")
+            raise ProvisionError(
+                f"QEMU could not save the machine: {state()}.", f"See {self.folder / 'qemu.log'}"
+            )
         shutil.copy(self.folder / "variables.fd", folder / "variables.fd")
 
     def serial_text(self) -> str:

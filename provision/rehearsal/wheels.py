@@ -29,7 +29,16 @@ FOR_GUEST = (
 
 
 def pip_download(stage: Path, log: Path, *words: str) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--dest", str(stage)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--dest",
+        str(stage),
+    ]
     tools.run([*command, *words], log=log)
 
 
@@ -50,7 +59,9 @@ def build_wheels(stage: Path, torch: str, requirements: Sequence[str], torch_ind
 
 def check(folder: Path) -> None:
     """Raises ProvisionError where the folder holds wheels of CUDA: gigabytes that nobody here can use."""
-    foreign = [path.name for path in folder.glob("*.whl") if path.name.startswith(("nvidia_", "triton", "cuda_"))]
+    foreign = [
+        path.name for path in folder.glob("*.whl") if path.name.startswith(("nvidia_", "triton", "cuda_"))
+    ]
     if foreign or not list(folder.glob("torch-*+cpu-*.whl")):
         raise ProvisionError(
             f"The wheel folder is not the one for CPUs: {', '.join(foreign) or 'no torch-…+cpu wheel in it'}.",
