@@ -16,7 +16,7 @@ import paramiko
 from fabric import Connection
 
 from provision.errors import ProvisionError, Refused, Unreachable
-from provision.link import no_delay
+from provision.link import hang_up, no_delay
 from provision.machine import Machine
 from provision.pins import SystemName, judge, live_alias, load_pins, pin, question, unknown_key
 
@@ -114,7 +114,7 @@ class Doorway:
     def attempts(self) -> Iterator[Attempt]:
         """What is offered, in order. Named keys first: sshd hangs up after six failures (MaxAuthTries)."""
         for path in self.wanted.identities:
-            yield from self._key_file(path, named=True)
+            yield from self._key_file(path)
         if password := self.wanted.password:
             yield "the password", lambda transport: transport.auth_password(self.user, password)
         agent = paramiko.Agent()
@@ -125,18 +125,14 @@ class Doorway:
             agent.close()
         for path in dict.fromkeys(map(os.path.expanduser, [*self.config_keys, *DEFAULT_KEYS])):
             if path not in self.wanted.identities:
-                yield from self._key_file(path, named=False)
+                yield from self._key_file(path)
 
-    def _key_file(self, path: str, *, named: bool) -> Iterator[Attempt]:
+    def _key_file(self, path: str) -> Iterator[Attempt]:
         if not Path(path).is_file():
-            if named:
-                raise ProvisionError(
-                    f"There is no private key {path}.", "See ssh.identity in the machine's file."
-                )
             return
         try:
             key = paramiko.PKey.from_path(path)
-        except paramiko.PasswordRequiredException:
+        except (paramiko.PasswordRequiredException, TypeError):  # cryptography's, which paramiko lets through
             self.tried.append(f"{path} (locked by a passphrase, and no agent holds it: ssh-add {path})")
         except (OSError, ValueError, paramiko.SSHException, paramiko.UnknownKeyType) as error:
             self.tried.append(f"{path} (cannot be read: {error})")
@@ -183,6 +179,11 @@ def dial(wanted: Wanted) -> Dialled:
         logging.NullHandler()
     )  # else its threads' tracebacks go to stderr
     ssh = wanted.machine.ssh
+    for path in wanted.identities:
+        if not Path(path).is_file():
+            raise ProvisionError(
+                f"There is no private key {path}.", "See ssh.identity in the machine's file."
+            )
     by_config = ssh.port == 22 and not ssh.address  # ~/.ssh/config may know the port of a name
     connection = Connection(host=wanted.host, port=None if by_config else ssh.port)
     where = f"{connection.host}:{connection.port}" if connection.port != 22 else connection.host
@@ -202,10 +203,10 @@ def dial(wanted: Wanted) -> Dialled:
     try:
         connection.open()
     except ProvisionError:
-        connection.close()
+        hang_up(connection)
         raise
     except (OSError, EOFError, paramiko.SSHException) as error:
-        connection.close()
+        hang_up(connection)
         raise explain(error, where, wanted.timeout_s, door) from error
     return Dialled(connection, door.user, door.system, door.by, door.key_file)
 
@@ -240,7 +241,9 @@ def explain(error: Exception, where: str, timeout_s: float, door: Doorway) -> Pr
         return Unreachable(f"{where}: {reasons}.", closed if refused else look)
     if isinstance(error, TimeoutError):
         return Unreachable(f"{where} did not answer within {timeout_s:g} s.", look)
-    if "banner" in text or isinstance(error, ConnectionResetError | EOFError):
+    if text == "No existing session":  # paramiko's words for a handshake that took longer than the timeout
+        text = f"no greeting within {timeout_s:g} s"
+    if "banner" in text or "greeting" in text or isinstance(error, ConnectionResetError | EOFError):
         return Unreachable(
             f"{where} answers, but not as an SSH server does ({text or type(error).__name__}).",
             "Is ssh.port right? A host that is just booting or shutting down does this too: try again.",

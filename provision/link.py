@@ -96,7 +96,7 @@ class Link:
 
     def close(self) -> None:
         self.stopping.set()
-        self.connection.close()
+        hang_up(self.connection)
 
     def _watch(self) -> None:
         """Ask every beat. sshd answers a global request that it does not know with a failure: an answer."""
@@ -242,3 +242,10 @@ def no_delay(sock: object) -> None:
     """Without it every small packet waits for the acknowledgement of the one before (about 40 ms an exec)."""
     if isinstance(sock, socket.socket):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def hang_up(connection: Connection) -> None:
+    """Close it and what it goes through. `Connection.close` leaves a transport whose login failed running."""
+    connection.client.close()
+    if isinstance(connection.gateway, Connection):
+        hang_up(connection.gateway)

@@ -118,6 +118,7 @@ class Sshd:
             pytest.skip("needs root: the private sshd lives in namespaces of its own")
         assert shutil.which("sshd", path="/usr/sbin:/usr/bin"), "there is no sshd: install openssh-server"
         self.folder = folder
+        self.extra_config = ""
         folder.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
         self.identity = keygen(folder / "identity")
@@ -173,7 +174,8 @@ class Sshd:
     # The server
 
     def start(self) -> None:
-        (self.folder / "sshd_config").write_text(CONFIG.format(port=self.port, folder=self.folder))
+        config = CONFIG.format(port=self.port, folder=self.folder) + self.extra_config
+        (self.folder / "sshd_config").write_text(config)
         done = self.inside(
             "/usr/sbin/sshd", "-f", str(self.folder / "sshd_config"), "-E", str(self.folder / "sshd.log")
         )
@@ -190,9 +192,13 @@ class Sshd:
         self.inside("kill", (self.folder / "sshd.pid").read_text().strip())
         wait_for(lambda: not self._listens(), "sshd to end")
 
-    def drop_connections(self) -> None:
+    def sessions(self) -> list[str]:
+        """The process ids, as the machine sees them, of what serves the open connections."""
         server = (self.folder / "sshd.pid").read_text().strip()
-        self.inside("pkill", "-KILL", "-P", server)
+        return [pid for pid in self.inside("pgrep", "-x", "sshd").stdout.split() if pid != server]
+
+    def drop_connections(self) -> None:
+        self.inside("kill", "-KILL", *self.sessions())
 
     def restart(self) -> None:
         self.stop_listening()
@@ -286,7 +292,11 @@ class Proxy:
                 near.close()
                 continue
             self.accepted += 1
-            far = socket.create_connection(("127.0.0.1", self.target))
+            try:
+                far = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:
+                near.close()
+                continue
             self.sockets += [near, far]
             for source, sink in ((near, far), (far, near)):
                 sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
