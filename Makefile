@@ -1,5 +1,5 @@
 # Each target sets up what it needs. PYTHON: 3.11 or newer. PIP: more arguments for pip, for example
-#   make train PIP="--index-url https://download.pytorch.org/whl/cpu"
+#   make train PIP="--extra-index-url https://download.pytorch.org/whl/cpu"     (no CUDA packages)
 PYTHON ?= python3
 PIP ?=
 VENV := .venv

@@ -189,10 +189,11 @@ def flag(then: str) -> str:
 
 
 def prelude(root: str) -> str:
+    """What every probe and script finds defined. C.UTF-8 and not C: pacman reads packages with such file names."""
     return f"""root={root}
 at() {{ if [[ $root ]]; then chroot "$root" "$@"; else "$@"; fi; }}
 in_target() {{ if [[ $root ]]; then arch-chroot "$root" "$@"; else "$@"; fi; }}
-export LC_ALL=C
+export LC_ALL=C.UTF-8
 """
 
 
@@ -288,7 +289,7 @@ def render_plan(plan: Plan, *, diffs: bool = True) -> str:
 def difference(planned: Planned) -> list[str]:
     step, observed = planned.step, planned.observed.rstrip("\n")
     if step.packages:
-        missing = observed.split()
+        missing = [name for name in observed.split() if name in step.packages]
         return [f"missing: {' '.join(missing)}"] if missing else []
     if step.is_done(planned.observed):
         return [f"interrupted before: {step.then}"]

@@ -29,8 +29,8 @@ def live(machine: Machine, facts: Facts, now_s: int) -> Iterator[Step]:
         why=f"packages come from {machine.mirror.servers[0]}",
         probe="cat /etc/pacman.d/mirrorlist",
         expect=mirrorlist,
-        script=f"curl --fail --silent --show-error --location --connect-timeout 20 --output /dev/null --range 0-0 {first}/core.db ||"
-        f" {{ echo 'the mirror does not answer: '{quote(first)}; exit 1; }}\n"
+        script="curl --fail --silent --show-error --location --connect-timeout 20 --output /dev/null --range 0-0"
+        f" {quote(first)} || {{ echo {quote(f'the mirror does not answer: {first}')}; exit 1; }}\n"
         f"printf %s {quote(mirrorlist)} > /etc/pacman.d/mirrorlist",
     )
     yield from signatures(machine, "/etc/pacman.conf", "pacman.conf of the ISO")

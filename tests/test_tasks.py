@@ -1,0 +1,125 @@
+"""The tasks as a person types them: `fab` as a program, what it prints, its exit code, and that nothing was changed."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from provision.pins import load_pins
+from tests.sshd import Sshd, sshd
+
+ROOT = Path(__file__).resolve().parent.parent
+FAB = Path(sys.executable).with_name("fab")
+
+__all__ = ["sshd"]
+
+
+def fab(folder: Path, *arguments: str, answers: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "METAL_MACHINES": str(folder), "XDG_STATE_HOME": str(folder / "state"), "COLUMNS": "200"}
+    environment.pop("SSH_AUTH_SOCK", None)
+    return subprocess.run(
+        [str(FAB), *arguments], cwd=ROOT, env=environment, input=answers, capture_output=True, text=True, timeout=120
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """The one message of a task that failed as it should: no traceback, exit code 1."""
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.startswith("\nerror: ")
+    return done.stderr
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "gpu1.toml").write_text('[disk]\nserial = "X"\n[user]\nauthorized_keys = ["ssh-ed25519 ' + "A" * 68 + '"]\n')
+    return tmp_path
+
+
+@pytest.fixture
+def box(sshd: Sshd) -> Path:
+    """The machine files of a private sshd, whose machine is called `box`."""
+    machine = sshd.machine()
+    folder = sshd.folder / "machines"
+    (folder / "box.local.toml").write_text(f'[ssh]\nidentity = "{sshd.identity}"\n')
+    assert machine.name == "box"
+    return folder
+
+
+def test_list_and_help_explain(folder: Path) -> None:
+    listed = fab(folder, "--list").stdout
+    for name in ("provision", "plan", "disks", "train", "attach", "fetch-checkpoints"):
+        assert name in listed
+    assert "--wipe" in fab(folder, "--help", "provision").stdout
+
+
+@pytest.mark.parametrize("task", ["provision", "plan", "disks", "train", "fetch-checkpoints"])
+def test_without_a_host_nothing_runs_here(folder: Path, task: str) -> None:
+    message = refused(fab(folder, task))
+    assert "No machine was named." in message
+    assert "gpu1" in message
+
+
+def test_dry_is_refused(folder: Path) -> None:
+    assert "Use: fab -H gpu1 plan" in refused(fab(folder, "--dry", "-H", "gpu1", "plan"))
+
+
+def test_unknown_machine(folder: Path) -> None:
+    assert "Did you mean 'gpu1'?" in refused(fab(folder, "-H", "gpu", "plan"))
+
+
+def test_machine_file_errors_come_before_any_connection(folder: Path) -> None:
+    (folder / "gpu1.toml").write_text("[disk]\nserail = 'X'\nesp_mib = 'big'\n")
+    message = refused(fab(folder, "-H", "gpu1", "provision"))
+    assert f"{folder}/gpu1.toml:2: unknown key 'serail' in [disk]; did you mean 'serial'?" in message
+    assert f"{folder}/gpu1.toml:3: disk.esp_mib must be a whole number" in message
+
+
+def test_unreachable_and_unresolvable_hosts(folder: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        (folder / "gpu1.local.toml").write_text(f'[ssh]\naddress = "127.0.0.1"\nport = {unused.getsockname()[1]}\n')
+        message = refused(fab(folder, "-H", "gpu1", "plan"))
+    assert "127.0.0.1" in message
+    (folder / "gpu1.local.toml").write_text('[ssh]\naddress = "no-such-host.invalid"\n')
+    assert "no-such-host.invalid" in refused(fab(folder, "-H", "gpu1", "plan"))
+
+
+def test_an_unknown_host_key_is_not_accepted(sshd: Sshd, box: Path) -> None:
+    message = refused(fab(box, "-H", "box", "plan"))
+    assert sshd.fingerprint in message
+    assert "--fingerprint" in message
+    assert not (box / "known_hosts").exists()
+
+
+def test_a_changed_host_key_is_refused(sshd: Sshd, box: Path) -> None:
+    sshd.pin()
+    before = load_pins(box / "known_hosts")
+    sshd.swap_host_key()
+    message = refused(fab(box, "-H", "box", "provision"))
+    assert "which is not the expected one" in message
+    assert load_pins(box / "known_hosts") == before
+
+
+def test_a_wrong_fingerprint_is_refused(sshd: Sshd, box: Path) -> None:
+    assert "which is not the expected one" in refused(fab(box, "-H", "box", "plan", "--fingerprint", "SHA256:" + "x" * 43))
+
+
+def test_a_host_that_is_neither_iso_nor_ours_is_left_alone(sshd: Sshd, box: Path) -> None:
+    message = refused(fab(box, "-H", "box", "provision", "--fingerprint", sshd.fingerprint, "--wipe", "none"))
+    assert "is neither the Arch install ISO nor an installation of ours" in message
+    assert not sshd.path("/var/lib/metal-to-model").exists()
+
+
+def test_disks_are_listed_before_a_serial_is_known(sshd: Sshd, box: Path) -> None:
+    (box / "box.toml").write_text(f"[ssh]\nport = {sshd.port}\n[user]\nauthorized_keys = ['{sshd.public_key}']\n")
+    done = fab(box, "-H", "box", "disks", "--fingerprint", sshd.fingerprint, "--address", "127.0.0.1")
+    assert done.returncode == 0, done.stderr
+    assert "/dev/" in done.stdout
+    assert 'address = "127.0.0.1"' in (box / "box.local.toml").read_text()
+    assert "identity" in (box / "box.local.toml").read_text()
+    message = refused(fab(box, "-H", "box", "plan", "--fingerprint", sshd.fingerprint))
+    assert "disk.serial is missing" in message
