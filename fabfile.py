@@ -82,7 +82,8 @@ def provision(c: Context, wipe: str = "", fingerprint: str = "", address: str = 
     """
     with readable():
         machine = load(c, address)
-        flow.provision_machine(machine, dial(c, machine, fingerprint), pins(), wipe, console).close()
+        with flow.provision_machine(machine, dial(c, machine, fingerprint), pins(), wipe, console) as host:
+            console.print(f"[dim]Since it was last dialled: {host.traffic}[/]", highlight=False)
 
 
 @task(help={"fingerprint": FINGERPRINT, "address": ADDRESS})
@@ -103,19 +104,28 @@ def disks(c: Context, fingerprint: str = "", address: str = "") -> None:
         )
 
 
-@task(
-    iterable=["set"],
-    help={
-        "preset": "of workload/presets",
-        "set": "key=value of the configuration; may be repeated",
-        "detach": "start, do not follow",
-    },
-)
-def train(c: Context, preset: str = "gpt2-124m", set: list[str] | None = None, detach: bool = False) -> None:
+TRAIN = {
+    "preset": "one of workload/presets",
+    "set": "key=value of the configuration; may be repeated",
+    "detach": "start it, do not follow it",
+    "resume": "id of a run that ended: it goes on from its latest checkpoint",
+}
+
+
+@task(iterable=["set"], help=TRAIN)
+def train(c: Context, set: list[str], preset: str = "gpt2-124m", detach: bool = False, resume: str = "") -> None:
     """Send the workload, start a training run as a systemd unit, follow it. Ctrl-C leaves it running."""
     with readable():
         machine = load(c)
-        jobs.train(dial(c, machine), machine, preset=preset, settings=set or [], detach=detach)
+        jobs.train(dial(c, machine), machine, preset=preset, settings=set, detach=detach, resume=resume)
+
+
+@task(help={"run": "its id; by default the one that runs, or ran last"})
+def attach(c: Context, run: str = "") -> None:
+    """Follow a training run that was started before. Ctrl-C leaves it running."""
+    with readable():
+        machine = load(c)
+        jobs.attach(dial(c, machine), machine, run)
 
 
 @task(help={"run": "its id; by default every run"})

@@ -46,6 +46,9 @@ class Traffic:
     bytes_sent: int = 0
     bytes_received: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.execs} execs, {self.bytes_sent:,} bytes sent, {self.bytes_received:,} received"
+
 
 class AfterMark:
     """Passes on what comes after the line that ends in the mark; keeps what came before, for an error."""
