@@ -102,5 +102,6 @@ def read_host_key(host: Host) -> str:
 
 def leave_live(host: Host) -> None:
     """Unmount the new system and reboot into it."""
-    host.run(f"sync\numount --recursive {MOUNT}\nsync", deadline_s=120)
+    # Lazily where something (pacman's gpg-agent, for one) still holds it: after the sync nothing can be lost.
+    host.run(f"sync\numount --recursive {MOUNT} || umount --recursive --lazy {MOUNT}\nsync", deadline_s=120)
     host.run("systemd-run --quiet --on-active=1 systemctl reboot", deadline_s=30)

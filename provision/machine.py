@@ -281,7 +281,7 @@ PATTERNS: dict[tuple[str, str], tuple[str, str]] = {
     ("user", "name"): (r"[a-z_][a-z0-9_-]{0,31}", "lower-case letters, digits, - and _, at most 32"),
     ("user", "shell"): (r"/\S+", "an absolute path"),
     ("network", "match"): (r"[^\n]+", "interface names or patterns"),
-    ("gpu", "driver"): (r"auto|none", "auto or none"),
+    ("gpu", "driver"): (r"auto|open|none", "auto, open or none"),
     ("disk", "filesystem"): (r"ext4", "ext4"),
     ("python", "interpreter"): (r"\d+\.\d+(\.\d+)?|/\S+", "a version such as 3.12, or an absolute path"),
     ("train", "folder"): (r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "one folder name, below the user's home"),

@@ -128,8 +128,6 @@ STAND_INS = (
         standin("pacman-contrib", programs="paccache pacdiff checkupdates"),
         extra={**standin("pacman-contrib", programs="paccache pacdiff checkupdates").extra, **PACCACHE},
     ),
-    standin("nvidia-open", depends="base linux nvidia-utils"),
-    standin("nvidia-open-lts", depends="base linux-lts nvidia-utils"),
     standin("nvidia-open-dkms", depends="base dkms nvidia-utils"),
     standin("nvidia-container-toolkit", programs="nvidia-ctk", depends="base nvidia-utils"),
     standin("cuda", programs="nvcc"),
@@ -142,6 +140,17 @@ def nvidia_utils() -> Package:
     return replace(
         programs,
         extra={**programs.extra, "usr/lib/systemd/system/nvidia-persistenced.service": (service, 0o644)},
+    )
+
+
+def nvidia_modules(root: Path, name: str, kernel: str) -> Package:
+    """A driver's package: a module of Debian's kernel under the name `nvidia`, which modinfo finds as it would the real one."""
+    version = kernel_version(root)
+    module = next((root / "usr/lib/modules" / version / "kernel").rglob("virtio_pci.ko")).read_bytes()
+    return replace(
+        standin(name, depends=f"base {kernel} nvidia-utils"),
+        extra={f"usr/lib/modules/{version}/extramodules/nvidia.ko": (module, 0o644)},
+        install=f"post_install() {{\n  depmod {version}\n}}\n",
     )
 
 
@@ -267,7 +276,8 @@ def build_repository(stage: Path, rootfs: Path, uv_wheel: Path, log: Path) -> No
             description="Debian's cloud kernel standing in",
         )
         pack(package, kernel, root, stage, log)
-    for package in (*STAND_INS, nvidia_utils(), uv(uv_wheel)):
+    drivers = [nvidia_modules(root, f"nvidia-open{kernel.removeprefix('linux')}", kernel) for kernel in KERNELS]
+    for package in (*STAND_INS, nvidia_utils(), *drivers, uv(uv_wheel)):
         pack(package, (), root, stage, log)
     for repository in ("core", "extra"):
         names = sorted(path.name for path in (stage / repository / "os/x86_64").glob("*.pkg.tar.zst"))

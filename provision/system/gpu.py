@@ -33,12 +33,13 @@ def family(device: int) -> str:
     return next(name for first, name in FAMILIES if device >= first)
 
 
-def choose_driver(gpus: Sequence[GpuSeen], kernel: str) -> Driver | None:
-    """The driver packages of Arch's official repositories for these cards; None where there is no card.
+def choose_driver(wanted: str, gpus: Sequence[GpuSeen], kernel: str) -> Driver | None:
+    """The driver packages of Arch's official repositories for these cards; None where none is to be installed.
 
-    Raises ProvisionError for a card that no package of those repositories drives.
+    `wanted` is gpu.driver of the machine file: auto, open or none. Raises ProvisionError for a card that no
+    package of those repositories drives.
     """
-    if not gpus:
+    if wanted == "none" or (wanted == "auto" and not gpus):
         return None
     unsupported = [gpu for gpu in gpus if gpu.device < OPEN_FROM]
     if unsupported:
@@ -55,12 +56,12 @@ def choose_driver(gpus: Sequence[GpuSeen], kernel: str) -> Driver | None:
     packages = {"linux": ("nvidia-open",), "linux-lts": ("nvidia-open-lts",)}.get(
         kernel, ("nvidia-open-dkms", f"{kernel}-headers")
     )
-    seen = ", ".join(f"{gpu.slot} is 10de:{gpu.device:04x} ({family(gpu.device)})" for gpu in gpus)
+    seen = ", ".join(f"{gpu.slot} is 10de:{gpu.device:04x} ({family(gpu.device)})" for gpu in gpus) or "for a card to come"
     return Driver((*packages, "nvidia-utils"), f"{seen}: open kernel modules, built for {kernel}")
 
 
 def gpu(machine: Machine, facts: Facts) -> Iterator[Step]:
-    driver = None if machine.gpu.driver == "none" else choose_driver(facts.gpus, machine.system.kernel)
+    driver = choose_driver(machine.gpu.driver, facts.gpus, machine.system.kernel)
     if driver is None:
         return
     yield Packages(*driver.packages, why=driver.reason)
@@ -68,10 +69,11 @@ def gpu(machine: Machine, facts: Facts) -> Iterator[Step]:
 
 def gpu_services(machine: Machine, facts: Facts) -> Iterator[Step]:
     """After the packages: the daemon, and the check that DKMS did build (a failed build only warns in pacman)."""
-    driver = None if machine.gpu.driver == "none" else choose_driver(facts.gpus, machine.system.kernel)
+    driver = choose_driver(machine.gpu.driver, facts.gpus, machine.system.kernel)
     if driver is None:
         return
-    yield Unit("nvidia-persistenced.service", why="keeps the cards initialised without a display")
+    seen = bool(facts.gpus)
+    yield Unit("nvidia-persistenced.service", start=seen, why="keeps the cards initialised without a display")
     check = 'for modules in "$root"/usr/lib/modules/*/; do at modinfo -k "$(basename "$modules")" nvidia > /dev/null || exit 1; done'
     yield Script(
         "nvidia module exists",

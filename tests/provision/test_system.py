@@ -147,8 +147,17 @@ def test_our_own_disk_loses_nothing(machine: Machine, live: Facts) -> None:
     ],
 )
 def test_driver_by_pci_id(ids: list[int], kernel: str, packages: tuple[str, ...] | None) -> None:
-    driver = choose_driver([GpuSeen(f"0000:0{i}:00.0", device) for i, device in enumerate(ids)], kernel)
+    driver = choose_driver("auto", [GpuSeen(f"0000:0{i}:00.0", device) for i, device in enumerate(ids)], kernel)
     assert (driver and driver.packages) == packages
+
+
+def test_a_driver_for_a_card_to_come(machine: Machine, live: Facts) -> None:
+    driver = choose_driver("open", (), "linux-lts")
+    assert driver
+    assert driver.packages == ("nvidia-open-lts", "nvidia-utils")
+    waiting = replace(machine, gpu=replace(machine.gpu, driver="open"))
+    unit = next(step for step in system(waiting, replace(live, gpus=()), NOW) if "persistenced" in step.name)
+    assert "systemctl start" not in unit.script
 
 
 @pytest.mark.parametrize(
