@@ -293,8 +293,18 @@ class Host:
         packed = pack(files)
         self.run(tree_script(packed, target), stdin=packed, as_root=as_root, deadline_s=600)
 
-    def rsync(self, arguments: Sequence[str], *, stdin: str = "", deadline_s: float = 24 * 3600) -> None:
-        """rsync over OpenSSH with the same pin and key; `arguments` hold paths as `self.remote(path)`."""
+    def rsync(
+        self,
+        arguments: Sequence[str],
+        *,
+        stdin: str = "",
+        deadline_s: float = 24 * 3600,
+        tolerate: Sequence[int] = (),
+    ) -> None:
+        """rsync over OpenSSH with the same pin and key; `arguments` hold paths as `self.remote(path)`.
+
+        `tolerate`: statuses of rsync that the caller looks into. Raises ConnectionLost, or ProvisionError.
+        """
         if self.login.by == "the password":
             raise ProvisionError(
                 f"rsync cannot use the password that {self.name} was reached with; it needs a key.",
@@ -310,7 +320,7 @@ class Host:
             key_file=self.login.key_file,
         )
         self.traffic.execs += 1
-        sent, received = run_rsync(how, arguments, stdin, deadline_s)
+        sent, received = run_rsync(how, arguments, stdin, deadline_s, tolerate)
         self.traffic.bytes_sent += sent
         self.traffic.bytes_received += received
 

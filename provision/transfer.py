@@ -110,7 +110,9 @@ def quoted(path: Path) -> str:
     return f'"{path}"'
 
 
-def run_rsync(how: Rsync, arguments: Sequence[str], stdin: str, deadline_s: float) -> tuple[int, int]:
+def run_rsync(
+    how: Rsync, arguments: Sequence[str], stdin: str, deadline_s: float, tolerate: Sequence[int]
+) -> tuple[int, int]:
     """Run it; (bytes sent, bytes received). Raises ProvisionError with rsync's own words."""
     if not shutil.which("rsync"):
         raise ProvisionError("There is no rsync on this machine.", "apt install rsync, or pacman -S rsync")
@@ -122,7 +124,6 @@ def run_rsync(how: Rsync, arguments: Sequence[str], stdin: str, deadline_s: floa
             capture_output=True,
             text=True,
             timeout=deadline_s,
-            env=None,
             errors="replace",
         )
     except subprocess.TimeoutExpired as error:
@@ -130,7 +131,7 @@ def run_rsync(how: Rsync, arguments: Sequence[str], stdin: str, deadline_s: floa
             f"{how.name}: rsync was not done after {deadline_s:g} s.",
             "Run the same command again: it goes on.",
         ) from error
-    if done.returncode:
+    if done.returncode and done.returncode not in tolerate:
         raise explain_rsync(how, done.returncode, done.stderr, shlex.join(argv))
     counts = [re.search(rf"^Total bytes {way}: (\d+)", done.stdout, re.M) for way in ("sent", "received")]
     sent, received = (int(match[1]) if match else 0 for match in counts)

@@ -17,6 +17,7 @@ from provision.errors import ProvisionError
 
 RUN = PurePosixPath("/run/metal")
 UNIT = re.compile(r"[A-Za-z0-9:_.-]+")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 POLL_S = 0.3  # how often the host looks whether the log has grown
 BEATS = 10  # polls between two signs of life
 
@@ -69,11 +70,12 @@ if [ "$running" ]; then cat >/dev/null; [ "${known#* }" = "$script" ] && echo sa
 umask 077
 [ "$(id -u)" != 0 ] || [ "$own" ] || install -d -m 711 "${folder%/*}"
 mkdir -p "$folder"
-rm -f "$folder/status" "$folder/id" "$folder/log"
+rm -f "$folder/status" "$folder/id"
+[ "$own" ] || rm -f "$folder/log"
 cat >"$folder/script"
 [ "$(sha256sum <"$folder/script")" = "$script  -" ] || { echo 'the script is cut short' >&2; exit 1; }
 printf '%s' "$wrapper" >"$folder/unit"
-: >"$folder/log"
+: >>"$folder/log"
 printf '%s\n' "$token $script" >"$folder/id"
 [ -z "$user" ] || [ "$own" ] || chown -R -- "$user:" "$folder"
 $sudo systemctl reset-failed "$unit.service" 2>/dev/null || true
@@ -96,7 +98,7 @@ def start_script(
     """What starts the unit and prints `started`; or `same`, `other`: so is the script that runs already.
 
     The unit's script comes on stdin. `own`: the folder belongs to the user who logs in and runs this, as whom
-    the unit shall run too; else root runs this.
+    the unit shall run too, and the log there is added to; else root runs this, and the log begins anew.
     """
     named = [f"User={user}"] if user else ["Environment=HOME=/root"]
     flags = " ".join(shlex.quote(f"--property={text}") for text in [*named, *properties])
@@ -154,7 +156,11 @@ def follow_script(unit: str, log: PurePosixPath, offset: int) -> str:
 
 
 class Lines:
-    """Bytes to lines. A character or a line that is cut in two by a chunk or a lost connection stays whole."""
+    """Bytes to lines. A character or a line that is cut in two by a chunk or a lost connection stays whole.
+
+    They end on a person's terminal, so control characters become U+FFFD; of a line that was written over with
+    carriage returns the last state counts.
+    """
 
     def __init__(self, on_line: OnLine) -> None:
         self.on_line = on_line
@@ -172,7 +178,7 @@ class Lines:
 
     def _line(self) -> None:
         line, self.rest = "".join(self.rest), []
-        self.on_line(line.removesuffix("\r"))
+        self.on_line(CONTROL.sub("\ufffd", line.rstrip("\r").rpartition("\r")[2]))
 
 
 @dataclass

@@ -250,11 +250,15 @@ class Sshd:
 
 
 class Proxy:
-    """Relays TCP from a port of its own. `delay_s` each way. Modes: open, `cut()`, `swallow()`."""
+    """Relays TCP from a port of its own. `delay_s` each way. Modes: open, `cut()`, `swallow()`.
+
+    With `cut_after_bytes` it cuts by itself, once so many have come through.
+    """
 
     def __init__(self, target: int, *, delay_s: float = 0) -> None:
         self.target = target
         self.delay_s = delay_s
+        self.cut_after_bytes = 0
         self.swallowing = False
         self.accepting = True
         self.accepted = 0
@@ -312,6 +316,9 @@ class Proxy:
             except OSError:
                 data = b""
             self.relayed_bytes += len(data)
+            if self.cut_after_bytes and self.relayed_bytes > self.cut_after_bytes:
+                self.cut_after_bytes = 0
+                self.cut()
             chunks.put((time.monotonic() + self.delay_s, data))
 
     def _write(self, sink: socket.socket, chunks: "SimpleQueue[tuple[float, bytes]]") -> None:

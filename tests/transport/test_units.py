@@ -257,6 +257,12 @@ def test_characters_and_lines_survive_any_cut() -> None:
         assert seen == ["schön ✓ 𝄞", "", "last ü\ufffd"]
 
 
+def test_a_log_cannot_write_to_the_terminal() -> None:
+    seen: list[str] = []
+    Lines(seen.append).feed(b"\x1b]0;title\x07 a\tb \xc2\x9b2J\n 5%\r 50%\r100%\r\n")
+    assert seen == ["\ufffd]0;title\ufffd a\tb \ufffd2J", "100%"]
+
+
 def test_a_word_cut_by_a_lost_connection_is_not_glued_to_the_next() -> None:
     following = Following(print)
     following.control(b"beat\nend 4")

@@ -1,0 +1,195 @@
+"""Training on a host: the real workload, sent, started as a unit, followed, stopped, gone on with."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from provision import jobs
+from provision.errors import ProvisionError
+from provision.fetch import fetch_checkpoints
+from provision.host import Host, connect
+from tests.sshd import Sshd, wait_for
+
+TINY = [
+    "model.n_layer=1",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "model.n_ctx=32",
+    "train.steps=6",
+    "train.batch=2",
+    "train.micro_batch=2",
+    "train.warmup=1",
+    "train.log_every=1",
+    "train.eval_every=3",
+    "train.eval_sequences=2",
+    "train.save_every=3",
+    "train.sample_tokens=4",
+]
+LONG = [*TINY, "train.steps=1000000", "train.eval_every=1000000", "train.save_every=1000000"]
+RUNS = "/run/home/ml/metal/runs"
+
+
+@pytest.fixture
+def host(sshd: Sshd) -> Iterator[Host]:
+    sshd.pin()
+    with connect(sshd.machine(), sshd.pins) as session:
+        yield session
+
+
+def train(host: Host, settings: list[str], lines: list[str], **options: object) -> str:
+    return jobs.train(
+        host,
+        host.wanted.machine,
+        preset="demo",
+        settings=settings,
+        on_line=lines.append,
+        say=lines.append,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def stop(sshd: Sshd, run: str) -> None:
+    sshd.inside("/run/bin/systemctl", "stop", f"metal-run-{run}")
+
+
+def log_of(sshd: Sshd, run: str) -> str:
+    path = sshd.path(f"{RUNS}/{run}/log")
+    return path.read_text() if path.exists() else ""
+
+
+def test_a_run_is_trained_followed_and_fetched(host: Host, sshd: Sshd, tmp_path: Path) -> None:
+    lines: list[str] = []
+    run = train(host, TINY, lines)
+    assert any("trained 6 steps" in line for line in lines)
+    assert host.traffic.execs == 5, "look, send, start, where to begin, follow"
+    owner = sshd.path(f"{RUNS}/{run}/metrics.jsonl").stat().st_uid
+    assert owner == 4242, "the unit runs as the user"
+    properties = sshd.path(f"/run/standin-systemd/metal-run-{run}")
+    assert not properties.exists(), "the unit ended well"
+    home = tmp_path / "home"
+    done = fetch_checkpoints(host, host.wanted.machine, home)
+    assert done.here >= 1
+    sample = subprocess.run(
+        [sys.executable, "-m", "workload", "sample", home / run, "--tokens", "5", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert sample.stdout
+    again = fetch_checkpoints(host, host.wanted.machine, home)
+    assert (again.moved, again.execs) == ((), 1)
+
+
+def test_an_unchanged_package_is_not_sent_again(host: Host, sshd: Sshd) -> None:
+    for expected in (True, False):
+        before = host.traffic.bytes_sent
+        run = train(host, LONG, [], detach=True)
+        assert (host.traffic.bytes_sent - before > 400_000) is expected
+        stop(sshd, run)
+    sources = list(sshd.path("/run/home/ml/metal/source").iterdir())
+    assert [path.name for path in sources] == [jobs.content_hash(jobs.package_files())]
+    assert not list(sources[0].rglob("*.toml~"))
+
+
+def test_ctrl_c_leaves_it_running_and_the_same_command_joins(host: Host, sshd: Sshd) -> None:
+    said: list[str] = []
+
+    def press(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs.train(host, host.wanted.machine, preset="demo", settings=LONG, on_line=press, say=said.append)
+    run = said[0].split()[0]
+    assert f"{run} goes on training on box" in said[-1]
+    assert f"systemctl stop metal-run-{run}" in said[-1]
+    wait_for(lambda: "tok/s" in log_of(sshd, run), "it to go on", 60)
+    with pytest.raises(ProvisionError, match=f"already training: {run}") as caught:
+        train(host, [*LONG, "train.seed=5"], [])
+    assert f"systemctl stop metal-run-{run}" in caught.value.hint
+    assert train(host, LONG, [], detach=True) == run
+    stop(sshd, run)
+    assert [path.name for path in sshd.path(RUNS).iterdir()] == [run]
+
+
+def test_a_stopped_run_has_saved_ends_well_and_can_go_on(host: Host, sshd: Sshd) -> None:
+    run = train(host, LONG, [], detach=True)
+    wait_for(lambda: "tok/s" in log_of(sshd, run), "a step", 60)
+    stop(sshd, run)
+    lines: list[str] = []
+    assert jobs.attach(host, host.wanted.machine, run, on_line=lines.append) == run
+    assert any("stopped at step" in line and "saved" in line for line in lines)
+    assert list(sshd.path(f"{RUNS}/{run}/checkpoints").glob("step-*/manifest.json"))
+    again = train(host, [], [], resume=run, detach=True)
+    assert again == run
+    wait_for(lambda: log_of(sshd, run).count("model    GPT-2") == 2, "it to go on", 60)
+    stop(sshd, run)
+    assert log_of(sshd, run).count("stopped at step") == 2, "the log is added to"
+
+
+def test_a_failing_run_is_a_failure_with_its_last_lines(host: Host, sshd: Sshd) -> None:
+    lines: list[str] = []
+    with pytest.raises(ProvisionError, match="failed with status 1") as caught:
+        train(host, ["data.source=/nowhere"], lines)
+    assert "/nowhere" in caught.value.message
+    assert f"{RUNS}/" in caught.value.hint
+
+
+def test_a_killed_run_is_reported(host: Host, sshd: Sshd) -> None:
+    run = train(host, LONG, [], detach=True)
+    wait_for(lambda: "tok/s" in log_of(sshd, run), "a step", 60)
+    sshd.inside("/run/bin/systemctl", "kill", f"metal-run-{run}")
+    with pytest.raises(ProvisionError, match="ended without an exit status"):
+        jobs.attach(host, host.wanted.machine, run, on_line=print)
+
+
+def test_mistakes_are_found_before_anything_is_sent(host: Host) -> None:
+    for preset, settings in (("nosuch", []), ("demo", ["train.stepz=3"]), ("demo", ["train.steps=many"])):
+        with pytest.raises(ProvisionError):
+            jobs.train(host, host.wanted.machine, preset=preset, settings=settings)
+    assert host.traffic.execs == 0
+    with pytest.raises(ProvisionError, match="not the id of a run"):
+        train(host, [], [], resume="../x")
+    with pytest.raises(ProvisionError, match="There is no run nosuch on box"):
+        train(host, [], [], resume="nosuch")
+    with pytest.raises(ProvisionError, match="At work on box: none"):
+        jobs.attach(host, host.wanted.machine)
+
+
+def test_a_machine_without_its_environment_is_told(
+    host: Host, sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "PYTHON", "/opt/metal/nothing/bin/python")
+    with pytest.raises(ProvisionError, match="no Python environment") as caught:
+        train(host, TINY, [])
+    assert caught.value.hint == "fab -H box provision"
+
+
+def test_nothing_is_trained_on_the_iso(sshd: Sshd) -> None:
+    sshd.pin(live=True)
+    with connect(sshd.machine(), sshd.pins) as session:
+        with pytest.raises(ProvisionError, match="on the install ISO"):
+            train(session, TINY, [])
+        with pytest.raises(ProvisionError, match="on the install ISO"):
+            fetch_checkpoints(session, session.wanted.machine, Path("nowhere"))
+
+
+def test_the_hash_is_of_names_and_bytes() -> None:
+    files = {"a": b"1", "b": b"2"}
+    assert jobs.content_hash(files) == jobs.content_hash(dict(reversed(files.items())))
+    others = [
+        {"a": b"1"},
+        {"a": b"1", "b": b"3"},
+        {"a": b"1", "c": b"2"},
+        {"a": b"12", "b": b""},
+        {"a1": b"", "b": b"2"},
+    ]
+    assert len({jobs.content_hash(other) for other in [files, *others]}) == 6
+
+
+def test_the_package_is_sent_whole_and_clean() -> None:
+    names = set(jobs.package_files())
+    assert {"workload/__main__.py", "workload/presets/demo.toml", "workload/assets/vocab.bpe.xz"} <= names
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
