@@ -273,14 +273,14 @@ FAILED_COMMAND = """trap 'printf "%s\\n" "command failed with exit $?: $BASH_COM
 
 
 def render_plan(plan: Plan, *, diffs: bool = True) -> str:
-    """The plan as text: every Step, its reason, and how what is there differs from what is wanted."""
+    """The plan as text: every Step and its reason; with `diffs`, how what is there differs from what is wanted."""
     if not plan:
         return f"{plan.title}: nothing to do, {plan.done} Steps are as they should be."
     lines = [f"{plan.title}: {len(plan.pending)} Steps to do, {plan.done} done"]
     for number, planned in enumerate(plan.pending, 1):
-        step = planned.step
-        lines.append(f"\n{number:3}. {step.name}")
-        lines.extend(f"     {part}" for part in step.why.split("; "))
+        first, *more = planned.step.why.split("; ")
+        lines.append(f"{number:3}. {planned.step.name}: {first}")
+        lines.extend(f"     {part}" for part in more)
         if diffs:
             lines.extend(f"       {line}" for line in difference(planned))
     return "\n".join(lines)

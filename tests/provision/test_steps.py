@@ -185,5 +185,10 @@ def test_the_plan_shows_what_differs(run: Run, root: Path) -> None:
     (root / "etc/hosts").write_text("a\nb\nc\n")
     steps = [File("/etc/hosts", "a\nB\nc\n", why="because")]
     assert render_plan(plan_of(run, root, steps)).splitlines() == [
-        "scratch: 1 Steps to do, 0 done", "", "  1. file /etc/hosts", "     because", "        a", "       -b", "       +B", "        c",
-    ]  # fmt: skip
+        "scratch: 1 Steps to do, 0 done",
+        "  1. file /etc/hosts: because",
+        "        a",
+        "       -b",
+        "       +B",
+        "        c",
+    ]
