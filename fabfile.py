@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from fabric import Connection
-from invoke import Context, Exit, task
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import task
 from rich.console import Console
 
 from provision import fetch, flow, jobs
