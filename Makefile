@@ -4,13 +4,14 @@ PYTHON ?= python3
 PIP ?=
 VENV := .venv
 BIN := $(VENV)/bin
-APT := openssh-server rsync
+SUDO := $(shell test $$(id -u) = 0 || echo sudo)
 
 .PHONY: rehearsal train test check setup clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import ensurepip' 2> /dev/null || $(SUDO) apt-get install --yes python3-venv   # Debian splits it off
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(PIP) --constraint constraints.txt --editable '.[dev]'
 	touch $@
