@@ -31,6 +31,7 @@ class ModelConfig:
     dropout: float = 0.0  # probability
     tied: bool = True  # the output head is the token embedding
     qkv_bias: bool = True  # bias in the query, key and value projections
+    init_std: float = 0.02  # deviation of initial weights; narrow models learn sooner from a larger one
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def check(config: Config) -> list[str]:
             errors.append(complaint)
 
     above_zero = {
-        "model": ("n_layer", "n_head", "n_embd", "n_ctx"),
+        "model": ("n_layer", "n_head", "n_embd", "n_ctx", "init_std"),
         "train": ("steps", "batch", "micro_batch", "lr", "log_every", "eval_every", "save_every", "keep"),
     }
     train_not_below = "warmup weight_decay clip max_seconds seed eval_sequences keep_every sample_tokens"

@@ -27,7 +27,7 @@ from workload.config import ModelConfig
 class Cache:
     """Keys and values of the tokens seen so far, so that generating one more token costs one more token.
 
-    Room for `batch` sequences of n_ctx tokens; `length` of them are in use.
+    Room for `batch` sequences of n_ctx tokens; `length` of them are in use. For use under `torch.no_grad`.
     """
 
     def __init__(self, config: ModelConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -115,20 +115,21 @@ class GPT2(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """GPT-2's: normal, 0.02 (positions 0.01), residual projections by 1/√(2·n_layer); biases 0.
+        """GPT-2's: normal, init_std = 0.02 (positions half), residual projections by 1/√(2·n_layer); biases 0.
 
         Each block adds twice to the residual stream, so its variance would grow with depth otherwise
         (GPT-2 paper, section 2.3; the deviations are those of OpenAI's model.py).
         """
+        std = self.config.init_std
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif ".ln_" in name or name.startswith("ln_"):
                 nn.init.ones_(parameter)
             elif name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer))
             else:
-                nn.init.normal_(parameter, std=0.01 if name == "wpe.weight" else 0.02)
+                nn.init.normal_(parameter, std=std / 2 if name == "wpe.weight" else std)
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """ids (B, T) → logits (B, T, V). With a cache, ids are what follows the tokens in it, and are added to it."""

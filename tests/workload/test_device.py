@@ -1,0 +1,49 @@
+"""Which device, which format, how many threads."""
+
+import pytest
+import torch
+
+from workload.device import choose_device, choose_dtype, count_cores, describe, read_cpu_flags
+from workload.errors import WorkloadError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "flags", "expected"),
+    [
+        ("auto", {"avx2", "avx512f"}, torch.float32),
+        ("auto", {"avx512_bf16"}, torch.bfloat16),
+        ("auto", {"amx_bf16", "fma"}, torch.bfloat16),
+        ("bf16", set(), torch.bfloat16),
+        ("fp32", {"avx512_bf16"}, torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_bf16_only_where_it_can(asked: str, flags: set[str], expected: torch.dtype) -> None:
+    assert choose_dtype(asked, CPU, frozenset(flags)) == expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_a_gpu_computes_in_bf16_from_sm_80(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_dtype("auto", torch.device("cuda"), frozenset()) == expected
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == CPU
+    for name, complaint in {
+        "cuda": "no CUDA device",
+        "gpu": "no device gpu",
+        "mps": "mps is not supported",
+    }.items():
+        with pytest.raises(WorkloadError, match=complaint):
+            choose_device(name)
+
+
+def test_the_machine_is_described() -> None:
+    assert 1 <= count_cores() <= 4096
+    assert "float32" in describe(CPU, torch.float32)
+    assert isinstance(read_cpu_flags(), frozenset)
