@@ -88,7 +88,11 @@ class Rehearsal:
     @property
     def environment(self) -> dict[str, str]:
         """What a person sets to talk to this machine; logs of the tasks stay beside ours."""
-        return {"METAL_MACHINES": str(self.machines), "XDG_STATE_HOME": str(self.logs)}
+        return {
+            "METAL_MACHINES": str(self.machines),
+            "XDG_STATE_HOME": str(self.logs),
+            "COLUMNS": str(self.console.width - 2),
+        }
 
     def boot(self, *, cold: bool) -> None:
         """A blank machine, in the live system; nothing is left of an earlier rehearsal."""

@@ -276,7 +276,9 @@ def build_repository(stage: Path, rootfs: Path, uv_wheel: Path, log: Path) -> No
             description="Debian's cloud kernel standing in",
         )
         pack(package, kernel, root, stage, log)
-    drivers = [nvidia_modules(root, f"nvidia-open{kernel.removeprefix('linux')}", kernel) for kernel in KERNELS]
+    drivers = [
+        nvidia_modules(root, f"nvidia-open{kernel.removeprefix('linux')}", kernel) for kernel in KERNELS
+    ]
     for package in (*STAND_INS, nvidia_utils(), *drivers, uv(uv_wheel)):
         pack(package, (), root, stage, log)
     for repository in ("core", "extra"):

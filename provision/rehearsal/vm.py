@@ -1,11 +1,12 @@
 """A running virtual machine: started, watched, saved, cut off. It ends with the process that started it."""
 
+import fcntl
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -40,14 +41,15 @@ class Vm:
         self.process: subprocess.Popen[bytes] | None = None
         self.watched_from = 0  # bytes of the serial log that belong to earlier starts
         self.qmp: Qmp | None = None
-        self.sockets: Path | None = None
         folder.mkdir(parents=True, exist_ok=True)
+        self.lock: int | None = None
 
     def disk_paths(self) -> tuple[Path, ...]:
         return tuple(self.folder / f"{disk.serial}.qcow2" for disk in self.hardware.disks)
 
     def blank(self) -> None:
         """New empty disks, new firmware variables, empty logs."""
+        self.claim()
         shutil.copy(tools.firmware()[1], self.folder / "variables.fd")
         self.serial_log.write_bytes(b"")
         for disk, path in zip(self.hardware.disks, self.disk_paths(), strict=True):
@@ -55,30 +57,51 @@ class Vm:
             create = ["qemu-img", "create", "-q", "-f", "qcow2", str(path), f"{disk.size_gib}G"]
             tools.run(create, log=self.folder / "qemu.log")
 
+    def claim(self) -> None:
+        """Raises ProvisionError where another process runs a machine in this folder."""
+        if self.lock is not None:
+            return
+        lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise ProvisionError(
+                f"Another rehearsal is using {self.folder}.",
+                "Wait for it, or name another folder with --cache.",
+            ) from None
+        self.lock = lock
+
     def start(self, *, first: Literal["disk", "medium"] = "disk", restore: Path | None = None) -> None:
         """Power on, or go on from a saved state in the folder `restore` (with disks as they were then)."""
+        self.claim()
         if restore:
             shutil.copy(restore / "variables.fd", self.folder / "variables.fd")
-        self.sockets = Path(tempfile.mkdtemp(prefix="rehearsal-"))  # a socket's path may have 107 bytes only
         files = qemu.Files(
             firmware=tools.firmware()[0],
             variables=self.folder / "variables.fd",
             medium=self.medium,
             disks=self.disk_paths(),
             serial_log=self.serial_log,
-            serial_socket=self.sockets / "serial",
-            qmp_socket=self.sockets / "qmp",
+            serial_socket=Path("serial.sock"),  # relative: the path of a socket may have 107 bytes only
+            qmp_socket=Path("qmp.sock"),
         )
         self.watched_from = self.serial_log.stat().st_size if self.serial_log.exists() else 0
         argv = qemu.arguments(
             self.hardware, files, ssh_port=self.ssh_port, first=first, restore=restore and restore / "state"
         )
+        qmp_socket = self.folder / files.qmp_socket
+        qmp_socket.unlink(missing_ok=True)
         with (self.folder / "qemu.log").open("ab") as log:
             self.process = subprocess.Popen(
-                tools.bound(["nice", "-n", "5", *argv]), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                tools.bound(["nice", "-n", "5", *argv]),
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
-        wait_until(lambda: files.qmp_socket.exists(), self.check, QMP_WAIT_S, "QEMU's control socket")
-        self.qmp = Qmp(files.qmp_socket)
+        wait_until(qmp_socket.exists, self.check, QMP_WAIT_S, "QEMU's control socket")
+        self.qmp = Qmp(qmp_socket)
         if restore:
             wait_until(lambda: self.status() != "inmigrate", self.check, SAVE_WAIT_S, "the saved state")
             self.qmp.command("cont")
@@ -145,9 +168,9 @@ class Vm:
         if self.qmp is not None:
             self.qmp.close()
             self.qmp = None
-        if self.sockets is not None:
-            shutil.rmtree(self.sockets)
-            self.sockets = None
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
 
 class Qmp:
@@ -157,14 +180,20 @@ class Qmp:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(QMP_WAIT_S)
         deadline = time.monotonic() + QMP_WAIT_S
-        while True:  # the path appears a moment before QEMU listens
-            try:
-                self.socket.connect(str(path))
-                break
-            except ConnectionRefusedError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            while True:  # the path appears a moment before QEMU listens
+                try:
+                    self.socket.connect(
+                        f"/proc/self/fd/{folder}/{path.name}"
+                    )  # short, wherever the folder is
+                    break
+                except ConnectionRefusedError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.05)
+        finally:
+            os.close(folder)
         self.lines = self.socket.makefile("r")
         self.lines.readline()
         self.command("qmp_capabilities")

@@ -1,0 +1,153 @@
+"""Machines in software. Minutes each where nothing but emulation is at hand; nothing here asserts on time."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from provision.pins import fingerprint_of, parse_key
+from provision.rehearsal.bed import Bed
+from provision.rehearsal.loop import Rehearsal, fab_command
+from provision.rehearsal.vm import Vm, wait_until
+
+pytestmark = pytest.mark.rehearsal
+
+PACSTRAP_WAIT_S = 600
+
+LIVE = r"""
+set -euo pipefail
+[[ -d /run/archiso ]] && grep -q archisobasedir=arch /proc/cmdline && echo "is live"
+echo "hostname $(< /etc/hostname)"
+echo "shell $(getent passwd root | cut -d: -f7)"
+echo "medium $(lsblk -no PKNAME "$(findmnt -no SOURCE /run/archiso/bootmnt)")"
+echo "disk $(lsblk -dno NAME,SERIAL | awk '$2 == "REHEARSAL0" { print $1 }')"
+[[ -d /sys/firmware/efi/efivars ]] && echo uefi
+for tool in sgdisk mkfs.ext4 mkfs.fat mkfs.btrfs cryptsetup pacstrap genfstab arch-chroot efibootmgr rsync curl tmux; do
+  command -v "$tool" > /dev/null || echo "lacks $tool"
+done
+for tool in git uv gcc kexec; do
+  ! command -v "$tool" > /dev/null || echo "has $tool"
+done
+echo "keyring $(systemctl is-active pacman-init.service)"
+systemctl list-units --failed --plain --no-legend | awk '{ print "failed " $1 }'
+"""
+
+# The repository says no to what Arch does not have, and nothing is installed then.
+WRONG_NAME = r"""
+set -uo pipefail
+sed -i 's/^SigLevel *=.*/SigLevel = Never/' /etc/pacman.conf
+echo 'Server = REPOSITORY' > /etc/pacman.d/mirrorlist
+pacman -Sy --noconfirm > /dev/null || echo "no repository"
+for name in base linux linux-lts nvidia-open nvidia-open-lts nvidia-open-dkms uv rsync python gcc git base-devel; do
+  pacman -Sp --print-format %n "$name" > /dev/null || echo "lacks $name"
+done
+for name in nvidia nvidia-lts-open python3 openssh-server linux-image-amd64 nvidia-dkms; do
+  ! pacman -Sp --print-format %n "$name" 2> /dev/null || echo "has $name"
+done
+"""
+
+
+def script(bed: Bed, vm: Vm, text: str) -> list[str]:
+    """Lines that a bash script prints in the live system."""
+    done = subprocess.run(
+        [*bed.ssh_command(vm.ssh_port), "bash"],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_live_system_is_like_the_iso(bed: Bed, vm: Vm) -> None:
+    bed.boot_live(vm)
+    assert script(bed, vm, LIVE) == [
+        "is live",
+        "hostname archiso",
+        "shell /usr/bin/zsh",
+        "medium vda",
+        "disk vdb",
+        "uefi",
+        "keyring active",
+    ]
+    repository = bed.server.url("repository") + "/$repo/os/$arch"
+    assert script(bed, vm, WRONG_NAME.replace("REPOSITORY", repository)) == []
+
+
+def test_whole_way_in_one_command(tmp_path: Path, bed: Bed) -> None:
+    """`make rehearsal`: to a checkpoint on this computer, byte for byte what was trained there, that continues a prompt."""
+    command = [sys.executable, "-m", "provision.rehearsal", "run", "--cache", str(bed.folder)]
+    with (tmp_path / "output").open("wb+") as output:
+        done = subprocess.run(
+            command, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
+        )
+        output.seek(0)
+        text = output.read().decode()
+    assert done.returncode == 0, text[-6000:]
+    assert "verified" in text
+    assert "OTHELLO.\n" in text.replace("  ", "")
+    for phase in ("programs", "bed", "boot", "provision", "train", "fetch", "sample", "total"):
+        assert f"\n {phase} " in text, f"the table lacks {phase}:\n{text[-3000:]}"
+    manifests = list((tmp_path / "checkpoints" / "rehearsal").rglob("manifest.json"))
+    assert len(manifests) >= 2
+    for manifest in manifests:
+        for name, wanted in json.loads(manifest.read_text())["files"].items():
+            assert hashlib.sha256((manifest.parent / name).read_bytes()).hexdigest() == wanted["sha256"]
+
+
+def test_killed_in_pacstrap_and_run_again(bed: Bed, vm: Vm, tmp_path: Path) -> None:
+    """`fab provision` killed, then the machine's power cut; the same command each time, and the last one finishes."""
+    rehearsal = Rehearsal(bed, vm, Console(width=160))
+    rehearsal.boot(cold=False)
+
+    first = start_provision(rehearsal, tmp_path / "first")
+    wait_for(vm, first, lambda: "base-1-1-x86_64.pkg.tar.zst" in bed.ssh(vm, "ls -R /mnt/var/cache || true"))
+    kill(first)
+    assert "pacstrap" in bed.ssh(vm, "ps -eo args"), "the work goes on without the one who began it"
+
+    second = start_provision(rehearsal, tmp_path / "second")
+    wait_for(vm, second, lambda: "following it" in (tmp_path / "second").read_text())
+    vm.kill()
+    kill(second)
+
+    rehearsal.boot_again()
+    rehearsal.provision()
+    first_plan = (rehearsal.logs / "provision.log").read_text().split("done ")[0]
+    assert "pacstrap" in first_plan or "install 1" in first_plan, "it was cut in the middle"
+    assert "partition /dev" not in first_plan, "what was whole was kept"
+
+    rehearsal.provision()
+    assert "nothing to do" in (rehearsal.logs / "provision.log").read_text()
+
+
+def start_provision(rehearsal: Rehearsal, output: Path) -> subprocess.Popen[bytes]:
+    fingerprint = fingerprint_of(parse_key(rehearsal.bed.parts.keys.host_line))
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            fab_command("provision", "--fingerprint", fingerprint),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env={**os.environ, **rehearsal.environment, "PYTHONUNBUFFERED": "1"},
+        )
+
+
+def wait_for(vm: Vm, fab: subprocess.Popen[bytes], done: Callable[[], bool]) -> None:
+    def check() -> None:
+        vm.check()
+        assert fab.poll() is None, "fab ended before it could be killed"
+
+    wait_until(done, check, PACSTRAP_WAIT_S, "fab to get that far")
+
+
+def kill(fab: subprocess.Popen[bytes]) -> None:
+    fab.kill()
+    fab.wait()
