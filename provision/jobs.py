@@ -47,6 +47,7 @@ class Seen:
     folder: PurePosixPath
     has_source: bool
     active: dict[str, str]  # run id → hash of its command, see `command_id`
+    last: str  # the run that was begun last (ids sort by time), "" where there is none
 
     def run(self, run: str) -> PurePosixPath:
         return self.folder / "runs" / run
@@ -60,7 +61,9 @@ echo "folder $PWD/$folder"
 [ ! -e "$folder/source/$hash" ] || echo source
 for id in "$folder"/runs/*/id; do
   run=${id%/id}
-  [ -e "$id" ] && [ ! -e "$run/status" ] || continue
+  [ -e "$id" ] || continue
+  echo "last ${run##*/}"
+  [ ! -e "$run/status" ] || continue
   case "$(systemctl is-active "metal-run-${run##*/}.service" || true)" in
     active|activating|deactivating|reloading)
       sum=$(sed "s/${run##*/}/RUN/g" <"$run/script" | sha256sum)
@@ -116,16 +119,18 @@ def command_id(folder: PurePosixPath, source: str, arguments: Sequence[str]) -> 
 
 
 def parse_look(text: str) -> Seen:
-    folder, has_source, active = "", False, {}
+    folder, has_source, active, last = "", False, {}, ""
     for line in text.splitlines():
         match line.split(" ", 2):
             case ["folder", *path]:
                 folder = " ".join(path)
             case ["source"]:
                 has_source = True
+            case ["last", run]:
+                last = run
             case ["active", run, command]:
                 active[run] = command
-    return Seen(PurePosixPath(folder), has_source, active)
+    return Seen(PurePosixPath(folder), has_source, active, last)
 
 
 def look(host: Host, machine: Machine, source: str) -> Seen:
@@ -193,20 +198,19 @@ def train(
     )
     say(f"{run} has started on {host.name}, in {seen.run(run)}")
     if detach:
-        say(
-            f"The same command without --detach follows it; fab -H {host.name} fetch-checkpoints brings it home."
-        )
+        say(f"fab -H {host.name} attach follows it; fab -H {host.name} fetch-checkpoints brings it home.")
         return run
     return follow_run(host, seen, run, on_line=on_line, say=say)
 
 
 def attach(host: Host, machine: Machine, run: str = "", *, on_line: OnLine = print, say: Say = print) -> str:
-    """Follow a run again, from its last lines on; without an id, the one that is at work. Its id."""
+    """Follow a run again, from its last lines on; without an id, the one at work, or the last one. Its id."""
     seen = look(host, machine, content_hash(package_files()))
-    if not run and len(seen.active) != 1:
-        at_work = ", ".join(seen.active) or "none"
-        raise ProvisionError(f"Which run? At work on {host.name}: {at_work}.", f"fab -H {host.name} train")
-    return follow_run(host, seen, run or next(iter(seen.active)), on_line=on_line, say=say)
+    run = run or next(iter(seen.active), seen.last)
+    if not run:
+        raise ProvisionError(f"There is no run on {host.name} yet.", f"fab -H {host.name} train")
+    say(f"{run} {'is at work' if run in seen.active else 'has ended'}; its last lines:")
+    return follow_run(host, seen, run, on_line=on_line, say=say)
 
 
 def follow_run(host: Host, seen: Seen, run: str, *, on_line: OnLine, say: Say) -> str:
@@ -229,7 +233,7 @@ def follow_run(host: Host, seen: Seen, run: str, *, on_line: OnLine, say: Say) -
         )
     except KeyboardInterrupt:
         say(
-            f"\n{run} goes on training on {host.name}. The same command follows it again.\n"
+            f"\n{run} goes on training on {host.name}. fab -H {host.name} attach follows it again.\n"
             f"To stop it (it saves first), on {host.name}:  sudo systemctl stop {unit_of(run)}"
         )
         raise

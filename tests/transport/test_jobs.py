@@ -104,6 +104,7 @@ def test_ctrl_c_leaves_it_running_and_the_same_command_joins(host: Host, sshd: S
         jobs.train(host, host.wanted.machine, preset="demo", settings=LONG, on_line=press, say=said.append)
     run = said[0].split()[0]
     assert f"{run} goes on training on box" in said[-1]
+    assert "fab -H box attach" in said[-1]
     assert f"systemctl stop metal-run-{run}" in said[-1]
     wait_for(lambda: "tok/s" in log_of(sshd, run), "it to go on", 60)
     with pytest.raises(ProvisionError, match=f"already training: {run}") as caught:
@@ -119,7 +120,7 @@ def test_a_stopped_run_has_saved_ends_well_and_can_go_on(host: Host, sshd: Sshd)
     wait_for(lambda: "tok/s" in log_of(sshd, run), "a step", 60)
     stop(sshd, run)
     lines: list[str] = []
-    assert jobs.attach(host, host.wanted.machine, run, on_line=lines.append) == run
+    assert jobs.attach(host, host.wanted.machine, on_line=lines.append) == run, "the last one"
     assert any("stopped at step" in line and "saved" in line for line in lines)
     assert list(sshd.path(f"{RUNS}/{run}/checkpoints").glob("step-*/manifest.json"))
     again = train(host, [], [], resume=run, detach=True)
@@ -154,7 +155,7 @@ def test_mistakes_are_found_before_anything_is_sent(host: Host) -> None:
         train(host, [], [], resume="../x")
     with pytest.raises(ProvisionError, match="There is no run nosuch on box"):
         train(host, [], [], resume="nosuch")
-    with pytest.raises(ProvisionError, match="At work on box: none"):
+    with pytest.raises(ProvisionError, match="There is no run on box yet"):
         jobs.attach(host, host.wanted.machine)
 
 
