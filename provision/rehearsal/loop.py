@@ -37,6 +37,7 @@ TRAINING = {
     "train.batch": "4",
     "train.micro_batch": "4",
     "train.warmup": "2",
+    "train.lr": "1e-2",
     "train.log_every": "5",
     "train.eval_every": "10",
     "train.eval_sequences": "4",
@@ -255,29 +256,32 @@ def rehearse(folder: Path, console: Console, *, resume: bool, cold: bool, keep: 
     record = load_record(path) if resume else Record(path)
     phases = Phases(record, console, hint="Go on from here: python -m provision.rehearsal run --resume")
     with ExitStack() as stack:
-        stack.callback(lambda: show_table(record, path.parent, console))
-        with phases.run("programs"):
-            installed = tools.install_missing(folder / "logs" / "bed.log")
-            console.print(f"  installed {', '.join(installed)}" if installed else "  all there")
-        with phases.run("bed"):
-            bed = stack.enter_context(Bed(folder, on_build=lambda name: console.print(f"  building {name}")))
-            vm = bed.machine()
-            if not cold:
-                bed.snapshot(vm.hardware)
-            console.print(f"  {bed.accelerator.name}; repository and wheels at {bed.server.url('')}")
-        rehearsal = Rehearsal(bed, vm, console)
-        if keep:
-            stack.callback(lambda: hold(rehearsal))
-        with phases.run("boot"):
-            if resume:
-                rehearsal.boot_again()
-            else:
-                rehearsal.boot(cold=cold)
-        tasks = (rehearsal.provision, rehearsal.train, rehearsal.fetch, rehearsal.sample)
-        for task in tasks:
-            if not (resume and task.__name__ in record.seconds):
-                with phases.run(task.__name__):
-                    task()
+        try:
+            with phases.run("programs"):
+                installed = tools.install_missing(folder / "logs" / "bed.log")
+                console.print(f"  installed {', '.join(installed)}" if installed else "  all there")
+            with phases.run("bed"):
+                bed = stack.enter_context(
+                    Bed(folder, on_build=lambda name: console.print(f"  building {name}"))
+                )
+                vm = bed.machine()
+                if not (cold or resume):
+                    bed.snapshot(vm.hardware)
+                console.print(f"  {bed.accelerator.name}; repository and wheels at {bed.server.url('')}")
+            rehearsal = Rehearsal(bed, vm, console)
+            if keep:
+                stack.callback(lambda: hold(rehearsal))
+            with phases.run("boot"):
+                if resume:
+                    rehearsal.boot_again()
+                else:
+                    rehearsal.boot(cold=cold)
+            for task in (rehearsal.provision, rehearsal.train, rehearsal.fetch, rehearsal.sample):
+                if not (resume and task.__name__ in record.seconds):
+                    with phases.run(task.__name__):
+                        task()
+        finally:
+            show_table(record, path.parent, console)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,7 +122,7 @@ def test_killed_in_pacstrap_and_run_again(bed: Bed, vm: Vm, tmp_path: Path) -> N
     rehearsal.boot_again()
     rehearsal.provision()
     first_plan = (rehearsal.logs / "provision.log").read_text().split("done ")[0]
-    assert "pacstrap" in first_plan or "install 1" in first_plan, "it was cut in the middle"
+    assert re.search(r"install \d+ packages", first_plan), "it was cut in the middle"
     assert "partition /dev" not in first_plan, "what was whole was kept"
 
     rehearsal.provision()
