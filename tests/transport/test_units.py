@@ -180,6 +180,26 @@ def test_a_killed_client_kills_nothing_and_the_next_one_joins(host: Host, sshd: 
     )
 
 
+def test_a_follower_on_the_host_ends_with_its_client_though_the_log_is_quiet(host: Host, sshd: Sshd) -> None:
+    def followers() -> int:
+        return sshd.inside("ps", "-eo", "args").stdout.count(
+            "bash --norc --noprofile -c export LC_ALL=C; read"
+        )
+
+    folder = PurePosixPath("/run/metal/metal-test")
+    host.start_unit("metal-test", "echo on; sleep 300", folder=folder)
+
+    def leave(line: str) -> None:
+        assert followers() > 0
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        host.follow(folder / "log", "metal-test", on_line=leave, deadline_s=30)
+    sshd.drop_connections()
+    wait_for(lambda: followers() == 0, "the follower to notice")
+    assert sshd.inside("/run/bin/systemctl", "is-active", "metal-test").stdout == "active\n"
+
+
 def test_another_script_under_the_name_is_waited_for(host: Host, sshd: Sshd) -> None:
     with connect(sshd.machine(), sshd.pins) as other:
         other.start_unit(
@@ -267,8 +287,12 @@ def test_a_word_cut_by_a_lost_connection_is_not_glued_to_the_next() -> None:
     following = Following(print)
     following.control(b"beat\nend 4")
     following.reconnected()
-    following.control(b"2\nbeat\nend 7\n")
+    following.control(b"2\nbeat\n")
+    assert following.code is None
+    following.control(b"end 7\n")
     assert following.code == 7
+    following.reconnected()
+    assert following.code is None, "the last of the log may have been lost with the connection"
 
 
 def test_unit_names_are_checked(host: Host) -> None:
