@@ -61,7 +61,7 @@ def run_train(arguments: argparse.Namespace) -> int:
             should_stop=should_stop,
         )
     report = save_report(out)
-    if state.step < state.steps:
+    if state.step < state.steps or should_stop():
         print(f"stopped at step {state.step} of {state.steps}, saved; go on with")
         print(f"    python -m workload train --resume --out {out}")
         return 0

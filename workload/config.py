@@ -57,7 +57,7 @@ class TrainConfig:
     beta1: float = 0.9  # decay of the mean of gradients
     beta2: float = 0.95  # decay of the mean of squared gradients
     clip: float = 1.0  # largest gradient norm; 0: no clipping
-    max_seconds: float = 0.0  # wall time to fit `steps` into by shortening them; 0: unlimited
+    max_seconds: float = 0.0  # wall time that bounds `steps`: fewer are planned on a slow machine; 0: none
     seed: int = 1  # of weights, dropout, order of data and samples
     log_every: int = 10  # steps between two progress lines
     eval_every: int = 250  # steps between two evaluations; each has a checkpoint

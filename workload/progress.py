@@ -19,7 +19,8 @@ class Reporter:
         self._stream, self._clock, self._log_every = stream, clock, log_every
         self._live = _make_live(stream) if stream.isatty() else None
         self._val = ""
-        self._tokens, self._since, self._shown = 0, clock(), clock()
+        self._tokens, self._since = 0, clock()  # tokens seen since when
+        self._shown = self._paused = self._since
         self._losses: list[float] = []
 
     def note(self, text: str) -> None:
@@ -39,7 +40,9 @@ class Reporter:
         self._paused = self._clock()
 
     def go_on(self) -> None:
-        self._since += self._clock() - self._paused
+        paused_s = self._clock() - self._paused
+        self._since += paused_s
+        self._shown += paused_s
 
     def step(self, step: int, steps: int, *, loss: float, lr: float, grad_norm: float, tokens: int) -> None:
         """One update is done. `tokens` it saw; shown are means since the last line."""

@@ -18,14 +18,16 @@ def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
     return train.lr * (train.lr_end + (1 - train.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def fit_steps(step: int, steps: int, elapsed_s: float, max_seconds: float, since: tuple[int, float]) -> int:
-    """How many steps in all fit into max_seconds when `step` of `steps` are done; never more than `steps`.
+def fit_steps(
+    step: int, steps: int, asked: int, elapsed_s: float, max_seconds: float, since: tuple[int, float]
+) -> int:
+    """How many of the `asked` steps fit into max_seconds, when `step` of the planned `steps` are done.
 
-    The pace is that since `since` (step, elapsed_s). Only a plan that is more than 3% too long is shortened, so a
-    machine that is fast enough runs the same schedule every time. 0 seconds: no limit.
+    The pace is that since `since` (step, elapsed_s). A plan that is within 3% stays: a machine that is fast enough
+    runs the same schedule every time, and one whose pace wavers does not waver with it. 0 seconds: no limit.
     """
     done, took_s = step - since[0], elapsed_s - since[1]
     if max_seconds <= 0 or done <= 0 or took_s <= 0 or step >= steps:
         return steps
-    fitting = max(step + 1, step + int((max_seconds - elapsed_s) * done / took_s))
-    return fitting if fitting < 0.97 * steps else steps
+    fitting = min(asked, max(step + 1, step + int((max_seconds - elapsed_s) * done / took_s)))
+    return fitting if abs(fitting - steps) > 0.03 * steps else steps

@@ -53,7 +53,7 @@ def train(
     """Train until `config.train.steps` or until `should_stop`, going on from the newest checkpoint below `out`.
 
     Saved, then evaluated: nothing that evaluation does can lose a step. Returns where the run stands; it is finished
-    when its step is its steps.
+    when its step is its steps and it was not told to stop, which may have cut its last evaluation short.
     """
     run = open_run(config, out, device=device, dtype=dtype, threads=threads, clock=clock, reporter=reporter)
     with run.metrics:
@@ -211,19 +211,19 @@ class Run:
         return total.item(), norm.item()  # the one wait for the device in a step
 
     def fit_steps(self) -> None:
-        """Shorten the plan when this machine will not finish it in max_seconds; says so."""
-        state, ran = self.state, self.state.step - self.first_step
+        """Plan fewer steps when this machine will not finish in max_seconds, more again when it will; says so."""
+        state, wanted, ran = self.state, self.config.train, self.state.step - self.first_step
         if ran == PACE_FROM:
             self.pace_since = (state.step, state.elapsed_s)
         if ran < PACE_UNTIL:
             return
         steps = fit_steps(
-            state.step, state.steps, state.elapsed_s, self.config.train.max_seconds, self.pace_since
+            state.step, state.steps, wanted.steps, state.elapsed_s, wanted.max_seconds, self.pace_since
         )
-        if steps < state.steps:
+        if steps != state.steps:
             self.state = replace(state, steps=steps)
             self._event(
-                f"{state.steps} steps shortened to {steps}, to end within {self.config.train.max_seconds:.0f} s"
+                f"planning {steps} steps instead of {state.steps}, to end within {wanted.max_seconds:.0f} s"
             )
 
     def save(self) -> None:
@@ -265,6 +265,7 @@ class Run:
         if step and (self.state.best_val_loss is None or score.loss < self.state.best_val_loss):
             self.state = replace(self.state, best_val_loss=score.loss)
             checkpoint.point(self.out / "checkpoints", "best", checkpoint.folder_name(step))
+            checkpoint.prune(self.out / "checkpoints", keep=wanted.keep, keep_every=wanted.keep_every)
         if wanted.sample_tokens:
             prompt = self.tokenizer.encode(wanted.sample_prompt) or [self.tokenizer.eot]
             tokens = generate(
@@ -277,6 +278,8 @@ class Run:
                 should_stop=should_stop,
             )
             text = "".join(stream_text(self.tokenizer, tokens))
+            if should_stop():
+                return
             self.metrics.write("sample", step, prompt=wanted.sample_prompt, text=text)
         save_report(self.out)
 

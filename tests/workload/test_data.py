@@ -1,5 +1,6 @@
 """Shards and the order in which a run sees them."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_every_window_once_an_epoch_without_overlap(
     assert len(set(places)) == windows.n
     for shard, length in enumerate(lengths):
         offsets = sorted(offset for s, offset in places if s == shard)
-        assert all(b - a == n_ctx for a, b in zip(offsets, offsets[1:], strict=False))
+        assert all(b - a == n_ctx for a, b in pairwise(offsets))
         if offsets:
             assert offsets[0] >= 0
             assert offsets[-1] + n_ctx + 1 <= length  # the token after the last is in the same shard

@@ -56,7 +56,7 @@ def test_state_goes_out_and_in_by_name() -> None:
 def test_state_of_another_model_is_refused() -> None:
     state = gather_state(*reversed(trained()))  # type: ignore[arg-type]
     wider = GPT2(dataclasses.replace(TINY, n_embd=32))
-    with pytest.raises(WorkloadError, match="no exp_avg for wte.weight of \\(257, 32\\)"):
+    with pytest.raises(WorkloadError, match=r"no exp_avg for wte\.weight of \(257, 32\)"):
         restore_state(make_optimizer(wider, TrainConfig()), wider, state)
     deeper = GPT2(dataclasses.replace(TINY, n_layer=3))
     with pytest.raises(WorkloadError, match=r"no exp_avg for h\.2"):

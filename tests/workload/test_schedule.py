@@ -42,14 +42,20 @@ def test_rates_stay_between_zero_and_the_peak(steps: int, warmup: int, end: floa
 
 def test_steps_are_fitted_into_the_time() -> None:
     # 20 steps since step 10 took 20 s: 60 s hold 60 - 32 = 28 more
-    assert fit_steps(30, 100, 32.0, 60.0, (10, 12.0)) == 58
-    assert fit_steps(30, 100, 32.0, 0.0, (10, 12.0)) == 100  # no limit
-    assert fit_steps(30, 100, 32.0, 200.0, (10, 12.0)) == 100  # fast enough
-    assert fit_steps(30, 59, 32.0, 60.0, (10, 12.0)) == 59  # one too many is within the tolerance
-    assert fit_steps(30, 100, 75.0, 60.0, (10, 12.0)) == 31  # too late: end with the next
-    assert fit_steps(100, 100, 75.0, 60.0, (10, 12.0)) == 100
+    assert fit_steps(30, 100, 100, 32.0, 60.0, (10, 12.0)) == 58
+    assert (
+        fit_steps(30, 40, 100, 32.0, 60.0, (10, 12.0)) == 58
+    )  # planned too few: others have left the machine
+    assert fit_steps(30, 40, 50, 32.0, 60.0, (10, 12.0)) == 50  # but never more than asked for
+    assert fit_steps(30, 100, 100, 32.0, 0.0, (10, 12.0)) == 100  # no limit
+    assert fit_steps(30, 100, 100, 32.0, 200.0, (10, 12.0)) == 100  # fast enough
+    assert fit_steps(30, 59, 100, 32.0, 60.0, (10, 12.0)) == 59  # one too many is within the tolerance
+    assert fit_steps(30, 100, 100, 75.0, 60.0, (10, 12.0)) == 31  # too late: end with the next
+    assert fit_steps(100, 100, 100, 75.0, 60.0, (10, 12.0)) == 100
 
 
-@given(st.integers(1, 99), st.floats(0.1, 1e4), st.floats(1, 1e4))
-def test_the_plan_never_grows_nor_falls_behind_what_is_done(step: int, elapsed: float, limit: float) -> None:
-    assert step < fit_steps(step, 100, elapsed, limit, (0, 0.0)) <= 100
+@given(st.integers(1, 99), st.integers(100, 200), st.floats(0.1, 1e4), st.floats(1, 1e4))
+def test_the_plan_stays_between_what_is_done_and_what_was_asked(
+    step: int, asked: int, elapsed: float, limit: float
+) -> None:
+    assert step < fit_steps(step, 100, asked, elapsed, limit, (0, 0.0)) <= asked

@@ -4,6 +4,7 @@ import hashlib
 import lzma
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 
 import pytest
 import regex
@@ -36,7 +37,7 @@ def slow_encode(text: str) -> list[int]:
     def encode_piece(piece: str) -> tuple[int, ...]:
         parts = [letter[byte] for byte in piece.encode("utf-8")]
         while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:], strict=False))
+            pairs = list(pairwise(parts))
             best = min(pairs, key=lambda pair: order.get(pair, 1 << 30))
             if best not in order:
                 break

@@ -1,0 +1,318 @@
+"""The loop: it learns, and an interruption changes nothing."""
+
+import dataclasses
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.workload.conftest import TINY
+from workload import train as module
+from workload.checkpoint import State, list_complete, load
+from workload.config import Config, TrainConfig, load_config
+from workload.errors import WorkloadError
+from workload.metrics import TIMING, load_rows
+from workload.model import GPT2
+from workload.optim import make_optimizer
+from workload.progress import Reporter
+from workload.runs import save_config
+from workload.train import Run, open_run, train
+
+CPU = torch.device("cpu")
+
+
+def reporter() -> Reporter:
+    return Reporter(io.StringIO(), lambda: 0.0, 1)
+
+
+def run(config: Config, out: Path, **options: Any) -> State:
+    return train(config, out, device=CPU, dtype=torch.float32, reporter=reporter(), **options)
+
+
+def opened(config: Config, out: Path) -> Run:
+    return open_run(
+        config, out, device=CPU, dtype=torch.float32, threads=1, clock=lambda: 0.0, reporter=reporter()
+    )
+
+
+def with_train(config: Config, **changes: Any) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def outcome(out: Path) -> dict[str, Any]:
+    """Everything of a run that may not depend on when it was interrupted."""
+    rows = [{k: v for k, v in row.items() if k not in TIMING} for row in load_rows(out / "metrics.jsonl")]
+    files = {
+        f"{path.name}/{name}.safetensors": (path / f"{name}.safetensors").read_bytes()
+        for path in list_complete(out / "checkpoints")
+        for name in ("model", "optimizer", "random")
+    }
+    states = [load(path).state for path in list_complete(out / "checkpoints")]
+    kept = [dataclasses.replace(state, elapsed_s=0.0, metrics_bytes=0) for state in states]
+    pointers = {name: (out / "checkpoints" / name).read_text() for name in ("latest", "best")}
+    return {"rows": rows, "files": files, "states": kept, "pointers": pointers}
+
+
+def test_one_batch_is_learned_by_heart() -> None:
+    torch.manual_seed(0)
+    model = GPT2(dataclasses.replace(TINY, n_embd=64))
+    optimizer = make_optimizer(model, TrainConfig(lr=1e-2, weight_decay=0.0))
+    ids = torch.randint(0, 257, (4, 17))
+    for _ in range(150):
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # the first token of each row says which row it is, so nothing is left to chance
+    assert loss.item() < 0.05
+
+
+def test_a_run_learns_and_writes_what_it_says(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    state = run(with_train(config, steps=60, eval_every=20, save_every=10, keep_every=30), out)
+    rows = list(load_rows(out / "metrics.jsonl"))
+    losses = [row["val_loss"] for row in rows if row["kind"] == "eval"]
+    assert losses[0] == pytest.approx(5.55, abs=0.1)
+    assert losses[-1] < 3.0
+    assert [row["step"] for row in rows if row["kind"] == "step"] == list(range(1, 61))
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 20, 40, 60]
+    assert [row["tokens"] for row in rows if row["kind"] == "step"][-1] == 60 * 4 * 16
+    assert len([row for row in rows if row["kind"] == "sample"]) == 4
+    assert (state.step, state.steps, state.sequences) == (60, 60, 240)
+    assert state.best_val_loss == min(losses)
+    assert [int(path.name[-2:]) for path in list_complete(out / "checkpoints")] == [30, 50, 60]
+    assert {"config.toml", "metrics.jsonl", "report.html", "starts.jsonl", "checkpoints", "data"} == {
+        path.name for path in out.iterdir()
+    }
+
+
+def test_bits_per_byte_of_bytes_are_the_loss_in_bits(config: Config, tmp_path: Path) -> None:
+    run(with_train(config, steps=1), tmp_path / "run")
+    row = next(row for row in load_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "eval")
+    # these windows hold no end-of-text, so a token is a byte
+    assert row["val_bits_per_byte"] == pytest.approx(row["val_loss"] / 0.6931471805599453)
+
+
+KILLED = """
+import os, signal, sys, io
+from pathlib import Path
+import torch
+from workload import checkpoint, train
+from workload.config import parse_config
+from workload.progress import Reporter
+torch.set_num_threads(1)
+where, out = sys.argv[1], Path(sys.argv[2])
+kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+update, save_file, evaluate = train.Run.update, checkpoint.save_file, train.evaluate
+def update_or_die(run):
+    if where == "update" and run.state.step == 6:
+        kill()
+    update(run)
+def save_or_die(tensors, path):
+    if where == "save" and "00000008" in str(path) and "optimizer" in str(path):
+        kill()
+    save_file(tensors, path)
+def evaluate_or_die(*arguments, **options):
+    if where == "evaluate" and (out / "checkpoints" / "step-00000008").exists():
+        kill()
+    return evaluate(*arguments, **options)
+train.Run.update, checkpoint.save_file, train.evaluate = update_or_die, save_or_die, evaluate_or_die
+config = parse_config((out / "config.toml").read_text(), where="config.toml")
+train.train(config, out, device=torch.device("cpu"), dtype=torch.float32,
+            reporter=Reporter(io.StringIO(), lambda: 0.0, 1))
+"""
+
+
+@pytest.mark.parametrize(("where", "resumed_from"), [("update", 4), ("save", 4), ("evaluate", 8)])
+def test_kill_and_resume_is_the_same_as_no_kill(
+    config: Config, tmp_path: Path, where: str, resumed_from: int
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(config, whole)
+    save_config(killed, config)
+    child = subprocess.run([sys.executable, "-c", KILLED, where, str(killed)], timeout=120, check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert list_complete(killed / "checkpoints")[-1].name == f"step-{resumed_from:08d}"
+    rows = list(load_rows(killed / "metrics.jsonl"))
+    assert rows[-1]["step"] > 4  # there is work to be lost
+    assert run(config, killed).step == 12
+    starts = [json.loads(line)["from_step"] for line in (killed / "starts.jsonl").read_text().splitlines()]
+    assert starts == [0, resumed_from]
+    assert outcome(killed) == outcome(whole)
+
+
+def test_every_stop_and_resume_is_the_same_as_no_stop(config: Config, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    # checkpoints that a stop adds would be pruned at another time: keep all, and compare those of the plan
+    config = with_train(config, keep=99)
+    run(config, whole)
+
+    def stop_after(calls: int) -> Callable[[], bool]:
+        asked = iter(range(calls))
+        return lambda: next(asked, None) is None
+
+    starts, stop = 0, stop_after(0)
+    while starts == 0 or stop():
+        starts += 1
+        stop = stop_after(3 * starts)
+        run(config, stopped, should_stop=stop)
+    assert starts > 4
+    expected, seen = outcome(whole), outcome(stopped)
+    assert seen["rows"] == expected["rows"]
+    assert seen["pointers"] == expected["pointers"]
+    assert expected["files"].items() <= seen["files"].items()
+
+
+def test_what_dropout_draws_matters_to_the_test_above(config: Config, tmp_path: Path) -> None:
+    run(with_train(config, steps=4), tmp_path / "run")
+    state = load(list_complete(tmp_path / "run" / "checkpoints")[-1])
+    model = GPT2(config.model)
+    model.load_state_dict(state.model)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    assert not torch.equal(model(ids), model(ids))
+
+
+def test_accumulation_changes_nothing(config: Config, tmp_path: Path) -> None:
+    model = dataclasses.replace(config.model, dropout=0.0)
+    gradients = []
+    for micro_batch in (1, 2, 8):
+        changed = with_train(dataclasses.replace(config, model=model), batch=8, micro_batch=micro_batch)
+        this = opened(changed, tmp_path / str(micro_batch))
+        with this.metrics:
+            loss, norm = this._accumulate()
+        gradients.append((loss, norm, [p.grad for p in this.model.parameters()]))
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-7)
+
+
+def test_gradients_are_clipped_and_their_norm_told(config: Config, tmp_path: Path) -> None:
+    norms = {}
+    for clip in (0.0, 0.01):
+        this = opened(with_train(config, clip=clip), tmp_path / str(clip))
+        with this.metrics:
+            _, told = this._accumulate()
+        norm = torch.cat([p.grad.flatten() for p in this.model.parameters() if p.grad is not None]).norm()
+        norms[clip] = (told, norm.item())
+    assert norms[0.0][0] == pytest.approx(norms[0.0][1], rel=1e-4)
+    assert norms[0.01][0] == pytest.approx(norms[0.0][0], rel=1e-4)
+    assert norms[0.01][1] == pytest.approx(0.01, rel=1e-3)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[int], bool]) -> None:
+    """Make the loss of the update after `step` steps infinite when is_bad(step)."""
+    original = Run._accumulate
+
+    def accumulate(self: Run) -> tuple[float, float]:
+        loss, norm = original(self)
+        if is_bad(self.state.step):
+            for p in self.model.parameters():
+                p.grad = torch.full_like(p, float("nan"))
+            return float("nan"), float("nan")
+        return loss, norm
+
+    monkeypatch.setattr(Run, "_accumulate", accumulate)
+
+
+def test_an_update_that_is_not_finite_is_left_out(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda step: step == 2)
+    run(with_train(config, steps=3, save_every=1, keep=9), tmp_path / "run")
+    before, after, last = (load(path).model for path in list_complete(tmp_path / "run" / "checkpoints"))
+    assert not torch.equal(before["wte.weight"], after["wte.weight"])
+    assert all(torch.equal(after[name], last[name]) for name in after)
+    rows = list(load_rows(tmp_path / "run" / "metrics.jsonl"))
+    assert [row["step"] for row in rows if row["kind"] == "event"] == [3]
+    assert [row["loss"] is None for row in rows if row["kind"] == "step"] == [False, False, True]
+
+
+def test_a_run_that_diverged_ends_with_an_error(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda step: step >= 5)
+    with pytest.raises(WorkloadError, match="step 25: the last 20 updates"):
+        run(with_train(config, steps=99, eval_every=50), tmp_path / "run")
+
+
+def test_the_plan_is_shortened_to_fit_the_time(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    original = Run._accumulate
+
+    def accumulate(self: Run) -> tuple[float, float]:
+        nonlocal now
+        now += 1.0
+        return original(self)
+
+    monkeypatch.setattr(Run, "_accumulate", accumulate)
+    config = with_train(config, steps=100, max_seconds=50.0, eval_every=40, sample_tokens=0)
+    out = tmp_path / "run"
+    stopped = run(config, out, clock=lambda: now, should_stop=lambda: now == 30)
+    assert (stopped.step, stopped.steps) == (30, 50)
+    finished = run(config, out, clock=lambda: now)
+    assert finished.step == finished.steps == 50
+    rows = list(load_rows(out / "metrics.jsonl"))
+    assert [row["text"] for row in rows if row["kind"] == "event"] == [
+        "planning 50 steps instead of 100, to end within 50 s"
+    ]
+    assert [row["lr"] for row in rows if row["kind"] == "step"][-1] == pytest.approx(config.train.lr * 0.1)
+    assert (
+        run(with_train(config, steps=53, max_seconds=0.0), out).step == 53
+    )  # other steps are asked for: granted
+
+
+def test_a_checkpoint_is_there_before_it_is_evaluated(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        if (tmp_path / "run" / "checkpoints").exists():
+            raise MemoryError
+
+    monkeypatch.setattr(module, "evaluate", fail)
+    with pytest.raises(MemoryError):
+        run(config, tmp_path / "run")
+    assert load(list_complete(tmp_path / "run" / "checkpoints")[-1]).state.step == 4
+
+
+def test_best_is_the_lowest_validation_loss(config: Config, tmp_path: Path) -> None:
+    # a rate so high that it gets worse
+    out = tmp_path / "run"
+    run(with_train(config, steps=40, eval_every=5, save_every=5, lr=1.0, warmup=10, keep=1), out)
+    scores = {
+        row["step"]: row["val_loss"] for row in load_rows(out / "metrics.jsonl") if row["kind"] == "eval"
+    }
+    del scores[0]
+    best = min(scores, key=lambda step: scores[step])
+    assert (out / "checkpoints" / "best").read_text() == f"step-{best:08d}\n"
+    assert f"step-{best:08d}" in [path.name for path in list_complete(out / "checkpoints")]
+
+
+def test_gpt2s_byte_pairs_are_trained(tmp_path: Path) -> None:
+    settings = (
+        "n_layer=1 n_head=2 n_embd=32 n_ctx=32 steps=25 batch=4 micro_batch=4 lr=2e-2 warmup=3 eval_every=25"
+    )
+    config = load_config("gpt2-124m", [*settings.split(), "eval_sequences=8", "sample_tokens=12", "seed=3"])
+    run(config, tmp_path / "run")
+    rows = list(load_rows(tmp_path / "run" / "metrics.jsonl"))
+    first, last = (row for row in rows if row["kind"] == "eval")
+    assert first["val_loss"] == pytest.approx(10.82, abs=0.1)  # ln 50257
+    assert last["val_loss"] < 8.0
+    # a token is about three bytes of this text
+    assert first["val_loss"] / 0.693147 / first["val_bits_per_byte"] == pytest.approx(3.1, abs=0.4)
+
+
+def test_bf16_trains_too(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(with_train(config, steps=30), out, device=CPU, dtype=torch.bfloat16, reporter=reporter())
+    losses = [row["val_loss"] for row in load_rows(out / "metrics.jsonl") if row["kind"] == "eval"]
+    assert losses[-1] < 4.0
+    weights = load(list_complete(out / "checkpoints")[-1]).model
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
