@@ -42,11 +42,14 @@ def bootstrap(packages: Step, machine: Machine) -> Step:
     """The live ISO's way to install packages: pacstrap into an empty root, pacman into one that is complete.
 
     An attempt that was cut off leaves half-written packages, so the root is emptied again but for what
-    was downloaded. BASE_COMPLETE is written last, after a sync: it cannot exist on an unfinished root.
+    was downloaded. Of that a power cut may have spoiled some: pacman deletes what has a wrong checksum, and
+    fails; so where there were downloads it is asked once more.
+    BASE_COMPLETE is written last, after a sync: it cannot exist on an unfinished root.
     """
     keyring = "" if machine.mirror.signatures == "Never" else "-K "
     kept = ["boot", "var", "var/cache", "var/cache/pacman", "var/cache/pacman/pkg", "var/cache/pacman/pkg/*"]
     keep = " ".join(f'! -path "$root"/{quote(path) if "*" in path else path}' for path in kept)
+    pacstrap = f'pacstrap {keyring}"$root" {join(packages.packages)} --noprogressbar'
     return replace(
         packages,
         name=f"install {packages.name}",
@@ -57,7 +60,8 @@ if [[ -e "$root"{BASE_COMPLETE} ]]; then
 else
   find "$root" -xdev -mindepth 1 -depth {keep} -delete
   find "$root/boot" -mindepth 1 -delete
-  pacstrap {keyring}"$root" {join(packages.packages)} --noprogressbar
+  downloads=$(find "$root/var/cache/pacman/pkg" -type f -print -quit 2> /dev/null || true)
+  {pacstrap} || {{ [[ $downloads ]] && {pacstrap}; }}
   mkdir -p "$root"{BASE_COMPLETE.rpartition("/")[0]}
   sync
   touch "$root"{BASE_COMPLETE}
