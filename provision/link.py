@@ -71,7 +71,7 @@ class AfterMark:
 
 
 class Link:
-    """An open `fabric.Connection` and the thread that watches it. Closed once, never opened again."""
+    """An open `fabric.Connection` and the threads that watch it. Closed once, never opened again."""
 
     def __init__(
         self,
@@ -89,9 +89,11 @@ class Link:
         self.beat_s = beat_s
         self.silence_s = silence_s
         self.heard_at = time.monotonic()
+        self.asked_at: float | None = None  # None: no question is open
         self.silent = False
         self.stopping = threading.Event()
-        threading.Thread(target=self._watch, name=f"heartbeat {name}", daemon=True).start()
+        for task in (self._ask, self._guard):
+            threading.Thread(target=task, name=f"heartbeat {name}", daemon=True).start()
 
     @property
     def alive(self) -> bool:
@@ -101,25 +103,24 @@ class Link:
         self.stopping.set()
         hang_up(self.connection)
 
-    def _watch(self) -> None:
+    def _ask(self) -> None:
         """Ask every beat. sshd answers a global request that it does not know with a failure: an answer."""
         while not self.stopping.wait(self.beat_s) and self.alive:
-            timer = threading.Timer(self.silence_s, self._give_up)
-            timer.daemon = True
-            timer.start()
+            self.asked_at = time.monotonic()
             try:
-                self.transport.global_request("keepalive@openssh.com", wait=True)
-                self.heard_at = time.monotonic()
+                self.transport.global_request("keepalive@openssh.com", wait=True)  # waits for ever
             except (OSError, EOFError, paramiko.SSHException):
                 return  # the connection ended; whoever uses it gets told
-            finally:
-                timer.cancel()
+            self.heard_at = time.monotonic()
+            self.asked_at = None
 
-    def _give_up(self) -> None:
-        """Close a silent connection: that wakes every thread that waits on it."""
-        if time.monotonic() - self.heard_at >= self.silence_s:
-            self.silent = True
-            self.transport.close()
+    def _guard(self) -> None:
+        """Close a connection on which neither the answer nor anything else comes: that wakes all who wait on it."""
+        while not self.stopping.wait(min(self.beat_s, self.silence_s) / 4) and self.alive:
+            asked_at = self.asked_at
+            if asked_at is not None and time.monotonic() - max(asked_at, self.heard_at) >= self.silence_s:
+                self.silent = True
+                self.transport.close()
 
     def lost(self) -> ConnectionLost:
         why = f"did not answer for {self.silence_s:g} s" if self.silent else "closed the connection"

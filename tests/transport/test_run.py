@@ -189,6 +189,18 @@ def test_a_vanished_host_is_noticed_whatever_flows(sshd: Sshd, proxy: Proxy, scr
             host.run(script, stdin=b"x" * 30_000_000, deadline_s=50)
 
 
+def test_output_that_stops_while_an_answer_is_due_is_noticed(sshd: Sshd, proxy: Proxy) -> None:
+    """The question is asked once and its answer never comes; output goes on for longer than the patience lasts."""
+    with impatient(sshd, proxy.port) as host:
+        transport = host.link.transport
+        transport.global_request = lambda kind, wait: transport.join()
+        script = "for i in {1..25}; do echo $i; sleep 0.1; done; sleep 60"
+        lines: list[bytes] = []
+        with pytest.raises(ConnectionLost, match="did not answer for 1 s"):
+            host.link.bash(script, b"", lines.append, print, what="the script", deadline_s=40)
+        assert b"".join(lines).endswith(b"25\n"), "it was not given up while something came"
+
+
 def test_a_vanished_host_is_noticed_at_the_next_call(sshd: Sshd, proxy: Proxy) -> None:
     with impatient(sshd, proxy.port) as host:
         proxy.swallow()
