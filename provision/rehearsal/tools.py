@@ -35,6 +35,9 @@ TOOLS = (
 # What differs between the two distributions: where the firmware lies, and who can make a Debian root.
 DEBIAN_ONLY = (
     Tool("mmdebstrap", "mmdebstrap", ""),
+    Tool(
+        "/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring", ""
+    ),  # Ubuntu has another
     Tool("/usr/share/OVMF/OVMF_CODE_4M.fd", "ovmf", ""),
 )
 ARCH_ONLY = (  # mmdebstrap is not in Arch's own repositories, debootstrap is

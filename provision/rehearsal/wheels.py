@@ -51,7 +51,8 @@ def build_wheels(stage: Path, torch: str, requirements: Sequence[str], torch_ind
     try:
         pip_download(stage, log, "--no-deps", *FOR_GUEST, torch)
     except ProvisionError:
-        pip_download(stage, log, "--no-deps", *FOR_GUEST, "--index-url", torch_index, torch)
+        quick = ("--retries", "1", "--timeout", "20")  # an index out of reach should not cost minutes
+        pip_download(stage, log, "--no-deps", *quick, *FOR_GUEST, "--index-url", torch_index, torch)
     found = [str(path) for path in stage.glob("torch-*.whl")]
     pip_download(stage, log, *FOR_GUEST, *found, *requirements)
     check(stage)
