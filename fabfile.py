@@ -115,7 +115,7 @@ TRAIN = {
 
 
 @task(iterable=["set"], help=TRAIN)
-def train(c: Context, set: list[str], preset: str = "gpt2-124m", detach: bool = False, resume: str = "") -> None:
+def train(c: Context, set: list[str], preset: str = "demo", detach: bool = False, resume: str = "") -> None:
     """Send the workload, start a training run as a systemd unit, follow it. Ctrl-C leaves it running."""
     with readable():
         machine = load(c)

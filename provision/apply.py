@@ -100,8 +100,12 @@ def read_host_key(host: Host) -> str:
     return host.run(f"cat {MOUNT}{HOST_KEY}.pub").stdout.strip()
 
 
-def leave_live(host: Host) -> None:
-    """Unmount the new system and reboot into it."""
+def unmount_target(host: Host) -> None:
+    """Leave the new system complete on its disk."""
     # Lazily where something (pacman's gpg-agent, for one) still holds it: after the sync nothing can be lost.
     host.run(f"sync\numount --recursive {MOUNT} || umount --recursive --lazy {MOUNT}\nsync", deadline_s=120)
+
+
+def reboot(host: Host) -> None:
+    """In a second, so that this answer still arrives."""
     host.run("systemd-run --quiet --on-active=1 systemctl reboot", deadline_s=30)

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from fabric import Connection
 from provision.errors import ProvisionError, Refused, Unreachable
 from provision.link import hang_up, no_delay
 from provision.machine import Machine
-from provision.pins import SystemName, judge, live_alias, load_pins, pin, question, unknown_key
+from provision.pins import SystemName, judge, live_alias, load_pins, parse_key, pin, question, unknown_key
 
 DEFAULT_KEYS = ("~/.ssh/id_ed25519", "~/.ssh/id_ecdsa", "~/.ssh/id_rsa")
 KEY_ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256")}  # RFC 8332: one key type, two signatures
@@ -171,6 +172,26 @@ class Doorway:
         else:
             hint = "The keys that may log in are user.authorized_keys in the machine's file, as it was installed."
         return Refused(f"{self.where} does not let {self.user} in. Offered: {tried}.", hint)
+
+
+def own_keys(connection: Connection, identities: Sequence[str]) -> set[str]:
+    """The public keys (`TYPE BASE64`) that this computer can log in with, as far as they can be read."""
+    agent = paramiko.Agent()
+    try:
+        found = {f"{key.get_name()} {key.get_base64()}" for key in agent.get_keys()}
+    finally:
+        agent.close()
+    for path in map(
+        os.path.expanduser, [*identities, *connection.ssh_config.get("identityfile", []), *DEFAULT_KEYS]
+    ):
+        with suppress(OSError, ValueError, TypeError, paramiko.SSHException, paramiko.UnknownKeyType):
+            public = Path(f"{path}.pub")
+            if public.is_file():
+                found.add(parse_key(public.read_text()))
+            elif Path(path).is_file():
+                key = paramiko.PKey.from_path(path)
+                found.add(f"{key.get_name()} {key.get_base64()}")
+    return found
 
 
 def dial(wanted: Wanted) -> Dialled:

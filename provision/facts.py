@@ -30,6 +30,13 @@ elif [[ -e /etc/metal-to-model ]]; then echo installed
 else echo other; fi
 section owner; cat /etc/metal-to-model 2>/dev/null || true
 section applying; systemctl is-active metal-apply.service 2>/dev/null || true
+section runs
+systemctl list-units 'metal-run-*' --state=active,activating --plain --no-legend 2>/dev/null | awk '{print $1}' || true
+section reboot
+[[ -d /usr/lib/modules/$(uname -r)/kernel ]] || echo "the running kernel's modules are gone"
+if [[ -e /sys/module/nvidia/version ]]; then
+  [[ $(</sys/module/nvidia/version) == $(modinfo --field version nvidia) ]] || echo "another NVIDIA driver is installed than runs"
+fi
 section hostname; cat /proc/sys/kernel/hostname
 section os; . /etc/os-release; printf '%s\n' "${ID:-unknown}"
 section boot_id; cat /proc/sys/kernel/random/boot_id
@@ -106,6 +113,8 @@ class Facts:
     system: Literal["live", "installed", "other"]
     owner: str  # the machine's name as we installed it; "" where we did not
     applying: bool  # an earlier run's Steps are still at work there: its unit outlives the connection
+    runs: tuple[str, ...]  # units of training runs at work
+    reboot: tuple[str, ...]  # why it must be rebooted before it is whole
     os: str  # ID of os-release
     hostname: str
     boot_id: str
@@ -134,6 +143,8 @@ def parse_facts(text: str) -> Facts:
         system=system,  # type: ignore[arg-type]
         owner=one["owner"],
         applying=one["applying"] in ("active", "activating"),
+        runs=tuple(found["runs"]),
+        reboot=tuple(found["reboot"]),
         os=one["os"],
         hostname=one["hostname"],
         boot_id=one["boot_id"],

@@ -15,15 +15,17 @@ from provision.apply import (
     demand_empty,
     follow_earlier,
     gather_facts,
-    leave_live,
     plan_for,
     read_host_key,
+    reboot,
+    unmount_target,
 )
+from provision.dial import own_keys
 from provision.errors import ProvisionError
 from provision.facts import Facts
 from provision.host import Host, reconnect_after_reboot
 from provision.machine import Machine, state_folder
-from provision.pins import pin
+from provision.pins import parse_key, pin
 from provision.steps import render_plan
 from provision.system.disk import find_disk, would_lose
 from provision.verify import Outcome, verify
@@ -64,28 +66,48 @@ def provision_machine(
         follow_earlier(host, progress_on(console, machine))
         facts = gather_facts(host)
     if facts.system == "live":
-        authorise_wipe(machine, facts, wipe, ask)
-        converge(machine, facts, host, console)
+        demand_way_in(machine, host)
+        facts = converge(machine, facts, host, console, lambda: authorise_wipe(machine, facts, wipe, ask))
         pin(pins, machine.name, read_host_key(host))
-        console.print("Rebooting into the new system.")
-        leave_live(host)
-        host.close()
-        with console.status("waiting for the machine") as status:
-            host = reconnect_after_reboot(
-                machine,
-                pins,
-                facts.boot_id,
-                deadline_s=REBOOT_DEADLINE_S,
-                key_files=host.wanted.key_files,
-                on_wait=lambda text: status.update(escape(text)),
-            )
-        console.print(f"Found again at {host.address}, by the host key that it was given.")
+        unmount_target(host)
+        host = reboot_and_find(machine, host, pins, facts, console)
         facts = gather_facts(host)
-    converge(machine, facts, host, console)
-    show_outcomes(
-        machine, verify(machine, host, has_gpu=bool(facts.gpus) and machine.gpu.driver != "none"), console
-    )
+    facts = converge(machine, facts, host, console, lambda: None)
+    if facts.reboot and not facts.runs:
+        console.print("; ".join(facts.reboot))
+        host = reboot_and_find(machine, host, pins, facts, console)
+    has_gpu = bool(facts.gpus) and machine.gpu.driver != "none"
+    show_outcomes(machine, verify(machine, host, has_gpu), console)
     return host
+
+
+def demand_way_in(machine: Machine, host: Host) -> None:
+    """Refuse to install a machine that this computer could not log in to afterwards."""
+    listed = {parse_key(line) for line in machine.user.authorized_keys}
+    if not listed & own_keys(host.login.connection, host.wanted.identities):
+        raise ProvisionError(
+            "None of this computer's SSH keys is among user.authorized_keys: after the reboot it could not log in.\n"
+            "Looked at: ssh-agent, ~/.ssh/id_*, ssh.identity, -i and ~/.ssh/config.",
+            f"Add one (or its file, such as ~/.ssh/id_ed25519.pub) to the machine file, then: fab -H {machine.name} provision",
+        )
+
+
+def reboot_and_find(machine: Machine, host: Host, pins: Path, facts: Facts, console: Console) -> Host:
+    """Reboot, and wait for the installed system, known by its pinned key and a new boot id."""
+    console.print("Rebooting.")
+    reboot(host)
+    host.close()
+    with console.status("waiting for the machine") as status:
+        found = reconnect_after_reboot(
+            machine,
+            pins,
+            facts.boot_id,
+            deadline_s=REBOOT_DEADLINE_S,
+            key_files=host.wanted.key_files,
+            on_wait=lambda text: status.update(escape(text)),
+        )
+    console.print(f"Found again at {found.address}, by the host key that it was given.")
+    return found
 
 
 def authorise_wipe(machine: Machine, facts: Facts, wipe: str, ask: Ask) -> None:
@@ -106,21 +128,34 @@ def authorise_wipe(machine: Machine, facts: Facts, wipe: str, ask: Ask) -> None:
         )
 
 
-def converge(machine: Machine, facts: Facts, host: Host, console: Console) -> None:
-    """Plan, apply, and prove by a second probe that nothing is left to do."""
+def converge(
+    machine: Machine, facts: Facts, host: Host, console: Console, authorise: Callable[[], None]
+) -> Facts:
+    """Plan, apply, and prove by a second probe that nothing is left to do; the facts as they are then.
+
+    `authorise` is called between, and raises where the plan may not be applied.
+    """
     plan = plan_for(machine, facts, host)
     console.print(
         escape(render_plan(plan, diffs=facts.system == "installed")), highlight=False, soft_wrap=True
     )
+    authorise()
     if not plan:
-        return
-    console.print()
+        return facts
+    disturbing = [planned.step.name for planned in plan.pending if planned.step.disturbs_runs]
+    if facts.runs and disturbing:
+        raise ProvisionError(
+            f"{', '.join(facts.runs)} is at work, and would not survive: {', '.join(disturbing)}.",
+            f"Wait for it, or stop it (it saves first), on {machine.name}: sudo systemctl stop {facts.runs[0]}",
+        )
     progress = progress_on(console, machine)
     apply(plan, machine, host, progress)
-    demand_empty(plan_for(machine, gather_facts(host), host))
+    after = gather_facts(host)
+    demand_empty(plan_for(machine, after, host))
     console.print(
         f"Probed again: all {len(plan.pending) + plan.done} Steps are as they should be. Log: {progress.log}"
     )
+    return after
 
 
 def progress_on(console: Console, machine: Machine) -> Progress:

@@ -402,7 +402,8 @@ def reconnect_after_reboot(
         if waited > deadline_s:
             raise ProvisionError(
                 f"Waited {waited:.0f} s for {machine.name} to come back from its reboot; last seen: {seen}",
-                f"Look at its screen. When it is up:  fab -H {machine.name} provision",
+                f"Its console shows its address; if that is a new one: fab -H {machine.name} provision --address NEW\n"
+                f"If it is the same, when it is up: fab -H {machine.name} provision",
             )
         time.sleep(poll_s)
 

@@ -24,11 +24,12 @@ from shlex import join, quote
 from provision.errors import ProvisionError, ScriptFailed
 from provision.host import Host
 from provision.machine import Machine
+from provision.system.python import ENVIRONMENT
 from provision.units import OnLine, variables
 from workload.config import load_config
 from workload.errors import WorkloadError
 
-PYTHON = "/opt/metal/env/bin/python"
+PYTHON = f"{ENVIRONMENT}/bin/python"
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 LAST_LINES = 20
 PROPERTIES = (
@@ -105,11 +106,12 @@ def new_run_id(preset: str, now: datetime) -> str:
 def train_script(folder: PurePosixPath, source: str, run: str, arguments: Sequence[str]) -> str:
     """What the unit runs. `exec`, so that the signal that stops the unit reaches Python itself."""
     out = folder / "runs" / run
-    command = [PYTHON, "-m", "workload", "train", "--out", str(out), *arguments]
+    command = ["-m", "workload", "train", "--out", str(out), *arguments]
     return (
         f"cd {quote(str(out))}\n"
         f"export PYTHONPATH={quote(str(folder / 'source' / source))} PYTHONUNBUFFERED=1\n"
-        f"exec {join(command)}\n"
+        # By its real path: a new environment may take the link's place while the run still imports.
+        f'exec "$(readlink -f {ENVIRONMENT})"/bin/python {join(command)}\n'
     )
 
 

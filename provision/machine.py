@@ -14,8 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
+from zoneinfo import available_timezones
 
 from provision.errors import ProvisionError
+from provision.pins import ALIAS, parse_key
 
 PACKAGED_DEFAULTS = Path(__file__).resolve().parent.parent / "machines" / "defaults.toml"
 
@@ -143,6 +145,10 @@ def load_machine(name: str, folder: Path, *, need_disk: bool = True) -> Machine:
     """
     if name not in known_machines(folder):
         raise unknown_machine(name, folder)
+    if not ALIAS.fullmatch(name):
+        raise ProvisionError(
+            f"'{name}' cannot be a machine's name; expected letters, digits, '.', '_' and '-'."
+        )
     candidates = [
         PACKAGED_DEFAULTS,
         folder / "defaults.toml",
@@ -266,7 +272,6 @@ def locate(layers: Sequence[Layer], section: str, key: str) -> str:
     return str(layers[-1].path)
 
 
-KEY = re.compile(r"(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp\d+|sk-\S+@openssh\.com) [A-Za-z0-9+/=]{40,}( .*)?$")
 PACKAGE = r"[a-z0-9@_+][a-z0-9@._+-]*"  # makepkg's rule for pkgname
 PATTERNS: dict[tuple[str, str], tuple[str, str]] = {
     ("system", "hostname"): (
@@ -292,6 +297,13 @@ PATTERNS: dict[tuple[str, str], tuple[str, str]] = {
 }
 
 
+def is_key(line: str) -> bool:
+    try:
+        return bool(parse_key(line))
+    except ValueError:
+        return False
+
+
 def check_values(machine: Machine, need_disk: bool) -> Iterator[tuple[tuple[str, str], str]]:
     """What types cannot say, as ((section, key), text)."""
     for (section, key), (pattern, meaning) in PATTERNS.items():
@@ -310,6 +322,9 @@ def check_values(machine: Machine, need_disk: bool) -> Iterator[tuple[tuple[str,
         yield ("disk", "esp_mib"), f"disk.esp_mib is {machine.disk.esp_mib}; expected 512 to 16384"
     if not 1 <= machine.ssh.port <= 65535:
         yield ("ssh", "port"), f"ssh.port is {machine.ssh.port}; expected 1 to 65535"
+    if (zones := available_timezones()) and machine.system.timezone not in zones:
+        near = nearest(machine.system.timezone, sorted(zones)).partition("; known")[0]
+        yield ("system", "timezone"), f"system.timezone {machine.system.timezone!r} is unknown{near}"
     if machine.user.name == "root":
         yield ("user", "name"), "user.name is root; expected an ordinary user: root does not log in over SSH"
     if not machine.user.authorized_keys:
@@ -318,7 +333,7 @@ def check_values(machine: Machine, need_disk: bool) -> Iterator[tuple[tuple[str,
             "user.authorized_keys is empty: nobody could log in to the installed machine",
         )
     for key in machine.user.authorized_keys:
-        if not KEY.match(key):
+        if not is_key(key):
             yield (
                 ("user", "authorized_keys"),
                 f"{key!r} is neither a public key line nor a file that holds one",

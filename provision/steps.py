@@ -27,7 +27,8 @@ class Step:
 
     `probe` prints what is there; the Step is done when that equals `expect`, blank ends of lines apart.
     `then` runs after the script, once for all Steps of a plan that name the same `then`, and again in a
-    later run if it was cut off. `packages` is for the plan's reader and for merging.
+    later run if it was cut off. `packages` is for the plan's reader and for merging; `disturbs_runs` where a
+    training at work may fail by it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Step:
     script: str
     then: str = ""
     packages: tuple[str, ...] = ()
+    disturbs_runs: bool = False
 
     def is_done(self, observed: str) -> bool:
         return observed.rstrip() == self.expect.rstrip()
@@ -113,8 +115,11 @@ def Packages(*names: str, why: str) -> Step:
         probe=f'pacman --root "${{root:-/}}" --deptest {wanted} || true',  # prints those that nothing installed provides
         expect="",
         # Never -Sy alone: a partial upgrade is unsupported on Arch (wiki, System maintenance).
-        script=f"in_target pacman -Syu --needed --noconfirm --noprogressbar {wanted}",
+        script=f"groups=$({{ in_target pacman -Sg {wanted} 2> /dev/null || true; }} | cut -d' ' -f1 | sort -u | xargs)\n"
+        '[[ -z $groups ]] || { echo "not packages but groups of them, name those you want: $groups"; exit 1; }\n'
+        f"in_target pacman -Syu --needed --noconfirm --noprogressbar {wanted}",
         packages=names,
+        disturbs_runs=True,
     )
 
 
@@ -137,16 +142,18 @@ def Unit(name: str, *, why: str, start: bool = True) -> Step:
 
 
 def User(name: str, *, shell: str, groups: Sequence[str], why: str) -> Step:
-    """A person's account with a home; no password is set, so that only keys log in."""
-    supplementary = ",".join(groups)
+    """A person's account with a home, in at least these groups; no password is set, so that only keys log in."""
+    wanted, quoted = " ".join(sorted({name, *groups})), quote(name)
     return Step(
         name=f"user {name}",
         why=why,
-        probe=f"at getent passwd {quote(name)} | cut -d: -f7\nat id -nG {quote(name)} | tr ' ' '\\n' | sort | paste -sd ' '",
-        expect=f"{shell}\n{' '.join(sorted({name, *groups}))}",
+        probe=f"at getent passwd {quoted} | cut -d: -f7\n"
+        f"comm -12 <(at id -nG {quoted} | tr ' ' '\\n' | sort) <(printf '%s\\n' {wanted}) | paste -sd ' '",
+        expect=f"{shell}\n{wanted}",
         # '*' as the password: nothing matches it, yet sshd does not take the account for a locked one as it does with '!'
-        script=f"at id -u {quote(name)} > /dev/null 2>&1 || at useradd --create-home --user-group --password '*' {quote(name)}\n"
-        f"at usermod --shell {quote(shell)} --groups {quote(supplementary)} {quote(name)}",
+        script=f"at test -x {quote(shell)} || {{ echo {quote(f'there is no {shell}: put its package into system.packages')}; exit 1; }}\n"
+        f"at id -u {quoted} > /dev/null 2>&1 || at useradd --create-home --user-group --password '*' {quoted}\n"
+        f"at usermod --shell {quote(shell)} --append --groups {quote(','.join(groups))} {quoted}",
     )
 
 
@@ -290,7 +297,8 @@ def difference(planned: Planned) -> list[str]:
     step, observed = planned.step, planned.observed.rstrip("\n")
     if step.packages:
         missing = [name for name in observed.split() if name in step.packages]
-        return [f"missing: {' '.join(missing)}"] if missing else []
+        also = [] if "unfinished" in observed else ["and everything else is upgraded: pacman -Syu"]
+        return [f"missing: {' '.join(missing)}", *also] if missing else []
     if step.is_done(planned.observed):
         return [f"interrupted before: {step.then}"]
     if "\n" not in step.expect.rstrip() and "\n" not in observed:

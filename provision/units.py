@@ -121,19 +121,22 @@ FOLLOW = r"""
 polls=0
 while :; do
   code=
-  if [ -r "$folder/status" ]; then read -r code <"$folder/status"; fi
+  read -r code 2>/dev/null <"$folder/status" || code=
   if [ -z "$code" ] && [ $((polls % beats)) = 0 ]; then
     echo beat >&2
     case "$(systemctl is-active "$unit.service" || true)" in
       inactive|failed|unknown)
-        if [ -r "$folder/status" ]; then read -r code <"$folder/status"; else code=gone; fi;;
+        read -r code 2>/dev/null <"$folder/status" || code=gone;;
     esac
   fi
   size=$(stat -c %s -- "$log" 2>/dev/null || echo 0)
   if [ "$size" -lt "$offset" ]; then echo again >&2; offset=0; fi
   if [ "$size" -gt "$offset" ]; then
-    tail -c "+$((offset + 1))" -- "$log" | head -c "$((size - offset))" || [ $? = 141 ]
-    offset=$size
+    if tail -c "+$((offset + 1))" -- "$log" | head -c "$((size - offset))"; then
+      offset=$size
+    elif [ -e "$log" ] && [ ! -r "$log" ]; then
+      exit 1
+    fi  # else it was taken away just now, or head was served before tail had ended
   fi
   if [ "$code" = gone ]; then
     why=$(systemctl show -p Result -p ExecMainCode -p ExecMainStatus "$unit.service" 2>/dev/null || true)

@@ -95,7 +95,7 @@ def checks(machine: Machine, has_gpu: bool) -> list[Check]:
         Check(
             "training steps",
             f"{ENVIRONMENT}/bin/python -W error::UserWarning -c {quote(learn)}",
-            f"fab -H {machine.name} provision rebuilds the environment.",
+            f"To make the environment anew, on the machine: sudo rm {ENVIRONMENT}",
         )
     )
     return found

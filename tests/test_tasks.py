@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from provision.pins import load_pins
+from tests.provision.conftest import KEY
 from tests.sshd import Sshd, sshd
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,10 +19,21 @@ __all__ = ["sshd"]
 
 
 def fab(folder: Path, *arguments: str, answers: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "METAL_MACHINES": str(folder), "XDG_STATE_HOME": str(folder / "state"), "COLUMNS": "200"}
+    environment = {
+        **os.environ,
+        "METAL_MACHINES": str(folder),
+        "XDG_STATE_HOME": str(folder / "state"),
+        "COLUMNS": "200",
+    }
     environment.pop("SSH_AUTH_SOCK", None)
     return subprocess.run(
-        [str(FAB), *arguments], cwd=ROOT, env=environment, input=answers, capture_output=True, text=True, timeout=120
+        [str(FAB), *arguments],
+        cwd=ROOT,
+        env=environment,
+        input=answers,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -35,7 +47,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "gpu1.toml").write_text('[disk]\nserial = "X"\n[user]\nauthorized_keys = ["ssh-ed25519 ' + "A" * 68 + '"]\n')
+    (tmp_path / "gpu1.toml").write_text('[disk]\nserial = "X"\n[user]\nauthorized_keys = ["' + KEY + '"]\n')
     return tmp_path
 
 
@@ -81,7 +93,9 @@ def test_machine_file_errors_come_before_any_connection(folder: Path) -> None:
 def test_unreachable_and_unresolvable_hosts(folder: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        (folder / "gpu1.local.toml").write_text(f'[ssh]\naddress = "127.0.0.1"\nport = {unused.getsockname()[1]}\n')
+        (folder / "gpu1.local.toml").write_text(
+            f'[ssh]\naddress = "127.0.0.1"\nport = {unused.getsockname()[1]}\n'
+        )
         message = refused(fab(folder, "-H", "gpu1", "plan"))
     assert "127.0.0.1" in message
     (folder / "gpu1.local.toml").write_text('[ssh]\naddress = "no-such-host.invalid"\n')
@@ -105,7 +119,9 @@ def test_a_changed_host_key_is_refused(sshd: Sshd, box: Path) -> None:
 
 
 def test_a_wrong_fingerprint_is_refused(sshd: Sshd, box: Path) -> None:
-    assert "which is not the expected one" in refused(fab(box, "-H", "box", "plan", "--fingerprint", "SHA256:" + "x" * 43))
+    assert "which is not the expected one" in refused(
+        fab(box, "-H", "box", "plan", "--fingerprint", "SHA256:" + "x" * 43)
+    )
 
 
 def test_a_host_that_is_neither_iso_nor_ours_is_left_alone(sshd: Sshd, box: Path) -> None:
@@ -115,7 +131,9 @@ def test_a_host_that_is_neither_iso_nor_ours_is_left_alone(sshd: Sshd, box: Path
 
 
 def test_disks_are_listed_before_a_serial_is_known(sshd: Sshd, box: Path) -> None:
-    (box / "box.toml").write_text(f"[ssh]\nport = {sshd.port}\n[user]\nauthorized_keys = ['{sshd.public_key}']\n")
+    (box / "box.toml").write_text(
+        f"[ssh]\nport = {sshd.port}\n[user]\nauthorized_keys = ['{sshd.public_key}']\n"
+    )
     done = fab(box, "-H", "box", "disks", "--fingerprint", sshd.fingerprint, "--address", "127.0.0.1")
     assert done.returncode == 0, done.stderr
     assert "/dev/" in done.stdout

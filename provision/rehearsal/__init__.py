@@ -7,6 +7,7 @@ from one Debian root file system dressed as Arch. What provision sends over SSH 
   cache.py       stages: made once for given inputs, complete or absent
   rootfs.py      Debian packages, dressed as Arch
   packages.py    that root split into pacman packages, and the stand-ins; a repository
+  signing.py     the key of that repository, and the keyring package
   medium.py      the live medium
   wheels.py      a flat folder of Python wheels
   server.py      repository and wheels over HTTP on loopback

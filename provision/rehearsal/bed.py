@@ -12,7 +12,7 @@ from types import TracebackType
 
 from provision.errors import ProvisionError
 from provision.machine import Machine, load_machine, machines_folder
-from provision.rehearsal import medium, packages, qemu, rootfs, tools, wheels
+from provision.rehearsal import medium, packages, qemu, rootfs, signing, tools, wheels
 from provision.rehearsal.cache import Cache
 from provision.rehearsal.medium import Keys
 from provision.rehearsal.server import Server
@@ -159,7 +159,7 @@ def load_wishes() -> Machine:
         folder = Path(name)
         for file in ("defaults.toml", f"{NAME}.toml"):
             (folder / file).write_bytes((source / file).read_bytes())
-        placeholder = "ssh-ed25519 " + "A" * 68
+        placeholder = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43  # a key of zeros
         (folder / f"{NAME}.local.toml").write_text(
             f'[user]\nauthorized_keys = ["{placeholder}"]\n[python]\nfind_links = "http://localhost/"\n'
         )
@@ -192,15 +192,18 @@ def build_root_stages(cache: Cache, keys: Keys, uv: Path, log: Path) -> tuple[Pa
     )
     inputs: list[str | Path] = [debian.name, Path(rootfs.__file__), *sorted(rootfs.STANDIN.iterdir())]
     dressed = cache.stage("rootfs", inputs, lambda stage: rootfs.build_rootfs(stage, debian, log))
-    built_medium = cache.stage(
-        "medium",
-        [dressed.name, Path(medium.__file__), keys.identity_line, keys.host_line],
-        lambda stage: medium.build_medium(stage, dressed / "root", keys, log),
+    key = cache.stage(
+        "signing", [Path(signing.__file__)], lambda stage: signing.build_signing(stage, dressed / "root", log)
     )
     repository = cache.stage(
         "repository",
-        [dressed.name, Path(packages.__file__), uv.name],
-        lambda stage: packages.build_repository(stage, dressed, uv, log),
+        [dressed.name, Path(packages.__file__), uv.name, key.name],
+        lambda stage: packages.build_repository(stage, dressed, uv, key, log),
+    )
+    built_medium = cache.stage(
+        "medium",
+        [repository.name, Path(medium.__file__), keys.identity_line, keys.host_line],
+        lambda stage: medium.build_medium(stage, dressed / "root", repository, keys, log),
     )
     return built_medium, repository
 

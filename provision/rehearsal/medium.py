@@ -10,6 +10,7 @@ from pathlib import Path
 
 from provision.rehearsal import tools
 from provision.rehearsal.rootfs import ARCH_SERVER, STANDIN, in_root, kernel_version, write
+from provision.rehearsal.signing import install_keyring
 
 LABEL = "ARCH_202611"
 HOST_NAME = "archiso"
@@ -107,11 +108,12 @@ def load_keys(folder: Path, log: Path) -> Keys:
     return keys
 
 
-def build_medium(stage: Path, root: Path, keys: Keys, log: Path) -> None:
+def build_medium(stage: Path, root: Path, repository: Path, keys: Keys, log: Path) -> None:
     """`medium.img`, the disk; and `live/`, removed again."""
     live = stage / "live"
     tools.run(["cp", "-a", "--reflink=auto", root, live], log=log)
     dress(live, keys, log)
+    install_keyring(live, repository, log)
     version = kernel_version(live)
     write(live, "tmp/archiso.conf", "HOOKS=(base archiso block filesystems)\n")
     in_root(live, ["mkinitcpio", "-k", version, "-c", "/tmp/archiso.conf", "-g", "/tmp/initramfs.img"], log)

@@ -8,10 +8,11 @@ import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from provision.rehearsal import tools
 from provision.rehearsal.rootfs import STANDIN, STANDINS, files, in_root, kernel_version, words
+from provision.rehearsal.signing import INSTALL, keyring_files, sign
 
 BUILD_DATE = 1_700_000_000  # a constant: the same inputs make the same packages
 
@@ -81,12 +82,13 @@ CUT = (
     Package("parted", debian=("parted",)),
     Package("arch-install-scripts", debian=("arch-install-scripts",)),
 )
-BASE = Package(
-    "base",
+# What Debian calls minimal, in one package that stands for all that Arch's `base` depends on.
+SYSTEM = Package(
+    "filesystem",
     "core",
     depends=(),
     provides=words("""
-        bash bzip2 ca-certificates coreutils cryptsetup curl dbus device-mapper e2fsprogs file filesystem findutils gawk
+        bash bzip2 ca-certificates coreutils cryptsetup curl dbus device-mapper e2fsprogs file findutils gawk
         glibc gnupg grep gzip iproute2 iputils kbd kmod pacman pacman-mirrorlist pciutils procps-ng psmisc sed shadow
         systemd systemd-sysvcompat tar tzdata util-linux xz zstd
     """),
@@ -94,7 +96,10 @@ BASE = Package(
         "etc/passwd etc/shadow etc/group etc/gshadow etc/pacman.conf etc/pacman.d/mirrorlist etc/locale.gen"
     ),
     install="post_install() {\n  systemd-machine-id-setup\n}\n",
-    description="Debian's minimal system standing in for the base package set",
+    description="Debian's minimal system",
+)
+BASE = Package(
+    "base", "core", depends=("filesystem", "archlinux-keyring"), description="as on Arch, a list of others"
 )
 MKINITCPIO = Package(
     "mkinitcpio", "core", ("busybox-static", "cpio"), version="40-1", provides=("initramfs",)
@@ -114,7 +119,6 @@ STAND_INS = (
     standin("linux-firmware", "core"),
     replace(standin("amd-ucode", "core"), extra={"boot/amd-ucode.img": (empty_archive(), 0o644)}),
     replace(standin("intel-ucode"), extra={"boot/intel-ucode.img": (empty_archive(), 0o644)}),
-    standin("archlinux-keyring", "core"),
     standin("linux-headers", "core", depends="base linux"),
     standin("linux-lts-headers", "core", depends="base linux-lts"),
     standin("base-devel", "core", depends="gcc make"),
@@ -167,7 +171,7 @@ def uv(wheel: Path) -> Package:
 
 
 def split(root: Path, owners: Mapping[str, str]) -> dict[str, list[str]]:
-    """Every path of the root by the package that it goes into; what nobody claims is base's."""
+    """Every path of the root by the package that it goes into; what nobody claims is the system's."""
     claims = {debian: package.name for package in (*CUT, MKINITCPIO) for debian in package.debian}
     ours = {place: "mkinitcpio" for _, place, _ in STANDINS if "initcpio" in place}
     ours |= {f"usr/lib/systemd/system/{name}": "openssh" for name in ("sshd.service", "sshdgenkeys.service")}
@@ -180,9 +184,9 @@ def split(root: Path, owners: Mapping[str, str]) -> dict[str, list[str]]:
         elif path.startswith("usr/lib/python3") or (path.startswith("usr/bin/py") and not path.endswith("/")):
             part = "python"
         elif path.endswith("/"):
-            part = "base"
+            part = SYSTEM.name
         else:
-            part = ours.get(path) or claims.get(owners.get(path, ""), "base")
+            part = ours.get(path) or claims.get(owners.get(path, ""), SYSTEM.name)
         parts.setdefault(part, []).append(path.rstrip("/"))
     return parts
 
@@ -255,15 +259,22 @@ def pack(package: Package, paths: Sequence[str], root: Path, repository: Path, l
     shutil.rmtree(staging)
 
 
-def build_repository(stage: Path, rootfs: Path, uv_wheel: Path, log: Path) -> None:
-    """`core/os/x86_64` and `extra/os/x86_64` with packages and databases."""
+def build_repository(stage: Path, rootfs: Path, uv_wheel: Path, signing: Path, log: Path) -> None:
+    """`core/os/x86_64` and `extra/os/x86_64` with packages, their signatures and databases."""
     root = rootfs / "root"
     version = kernel_version(root)
     parts = split(root, json.loads((rootfs / "owners.json").read_text()))
     pkgbase = f"usr/lib/modules/{version}/pkgbase"
     kernel = [path for path in parts["kernel"] if path != pkgbase]
-    pack(BASE, parts["base"], root, stage, log)
-    for package in (*CUT, MKINITCPIO):
+    keyring = Package(
+        "archlinux-keyring",
+        "core",
+        depends=(SYSTEM.name,),
+        extra=keyring_files(signing),
+        install=INSTALL,
+        description="the key of this repository",
+    )
+    for package in (SYSTEM, *CUT, MKINITCPIO):
         pack(package, parts[package.name], root, stage, log)
     for name in KERNELS:
         package = Package(
@@ -279,10 +290,11 @@ def build_repository(stage: Path, rootfs: Path, uv_wheel: Path, log: Path) -> No
     drivers = [
         nvidia_modules(root, f"nvidia-open{kernel.removeprefix('linux')}", kernel) for kernel in KERNELS
     ]
-    for package in (*STAND_INS, nvidia_utils(), *drivers, uv(uv_wheel)):
+    for package in (BASE, keyring, *STAND_INS, nvidia_utils(), *drivers, uv(uv_wheel)):
         pack(package, (), root, stage, log)
     for repository in ("core", "extra"):
-        names = sorted(path.name for path in (stage / repository / "os/x86_64").glob("*.pkg.tar.zst"))
-        places = [f"/mnt/{repository}/os/x86_64/{name}" for name in names]
-        database = f"/mnt/{repository}/os/x86_64/{repository}.db.tar.gz"
-        in_root(root, ["repo-add", "--quiet", database, *places], log, binds={stage: "/mnt"})
+        folder = PurePosixPath(repository, "os/x86_64")
+        names = [folder / path.name for path in sorted((stage / folder).glob("*.pkg.tar.zst"))]
+        sign(signing, stage, names, root, log)
+        places = [str("/mnt" / name) for name in (folder / f"{repository}.db.tar.gz", *names)]
+        in_root(root, ["repo-add", "--quiet", *places], log, binds={stage: "/mnt"})

@@ -1,7 +1,7 @@
 """One root file system for everything: Debian packages, dressed as Arch.
 
 The live medium and every package of the repository are cut from it. Needs root: device nodes,
-owners and mounts. Mounts are made in a mount namespace of their own, so none outlives its command.
+owners and mounts. Commands run in mount and process namespaces of their own: no mount and no daemon outlives them.
 """
 
 import json
@@ -30,6 +30,7 @@ DEBIAN_PACKAGES = (
     ),
     *words(
         "iproute2 iputils-ping procps less ca-certificates curl zstd locales gnupg pciutils e2fsprogs fdisk"
+        " util-linux-extra"  # hwclock
     ),
     *words("pacman-package-manager makepkg libarchive-tools"),
     # packages of their own in the repository
@@ -108,7 +109,8 @@ def in_root(root: Path, argv: Sequence[str], log: Path, binds: Mapping[Path, str
     words = [word for host, place in (binds or {}).items() for word in (str(host), place)]
     inside = ["bash", "-euc", IN_ROOT, "in-root", str(root), *words, "--", *argv]
     shown = f"chroot {root.name} {' '.join(argv)}"
-    tools.run(["unshare", "--mount", "--propagation", "private", "--", *inside], log=log, shown=shown)
+    alone = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
+    tools.run([*alone, "--", *inside], log=log, shown=shown)
 
 
 def apt_lines(texts: Sequence[str]) -> list[str]:

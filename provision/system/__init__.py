@@ -22,7 +22,7 @@ from provision.system.base import (
 from provision.system.boot import boot, initramfs
 from provision.system.disk import disk, find_disk, fstab, layout
 from provision.system.gpu import gpu, gpu_services
-from provision.system.live import live
+from provision.system.live import clock, live
 from provision.system.network import network, sshd
 from provision.system.python import python
 
@@ -61,7 +61,7 @@ def system(machine: Machine, facts: Facts, now_s: int) -> list[Step]:
             f"disk with serial {machine.disk.serial}.",
             "Was disk.serial changed after the installation? Put the old one back, or install anew from the ISO.",
         )
-    steps = [*live(machine, facts, now_s)]
+    steps = [*clock(machine, facts, now_s), *live(machine, facts)]
     for concern in CONCERNS:
         steps.extend(concern(machine, facts))
     steps = merge_packages(steps)

@@ -49,7 +49,6 @@ def bootstrap(packages: Step, machine: Machine) -> Step:
     keyring = "" if machine.mirror.signatures == "Never" else "-K "
     kept = ["boot", "var", "var/cache", "var/cache/pacman", "var/cache/pacman/pkg", "var/cache/pacman/pkg/*"]
     keep = " ".join(f'! -path "$root"/{quote(path) if "*" in path else path}' for path in kept)
-    pacstrap = f'pacstrap {keyring}"$root" {join(packages.packages)} --noprogressbar'
     return replace(
         packages,
         name=f"install {packages.name}",
@@ -58,10 +57,15 @@ def bootstrap(packages: Step, machine: Machine) -> Step:
 if [[ -e "$root"{BASE_COMPLETE} ]]; then
   {packages.script}
 else
+  [[ ! -e "$root"/etc/metal-to-model && -z $(ls -A "$root"/home 2> /dev/null) ]] || {{
+    echo "$root holds a finished installation without {BASE_COMPLETE}; if it is whole: touch $root{BASE_COMPLETE}"
+    exit 1
+  }}
   find "$root" -xdev -mindepth 1 -depth {keep} -delete
   find "$root/boot" -mindepth 1 -delete
   downloads=$(find "$root/var/cache/pacman/pkg" -type f -print -quit 2> /dev/null || true)
-  {pacstrap} || {{ [[ $downloads ]] && {pacstrap}; }}
+  install_base() {{ pacstrap {keyring}"$root" {join(packages.packages)} --noprogressbar; }}
+  install_base || {{ [[ $downloads ]] && install_base; }}
   mkdir -p "$root"{BASE_COMPLETE.rpartition("/")[0]}
   sync
   touch "$root"{BASE_COMPLETE}
@@ -124,7 +128,9 @@ def users(machine: Machine, facts: Facts) -> Iterator[Step]:
     """The one person who logs in: by key, with sudo. Root does not log in."""
     user = machine.user
     home, own = f"/home/{user.name}", f"{user.name}:{user.name}"
-    yield User(user.name, shell=user.shell, groups=["wheel"], why="logs in, owns the training runs")
+    # Their shell may be one of system.packages, which come later; sshd lets nobody in whose shell is missing.
+    shell = user.shell if facts.system == "installed" else "/bin/bash"
+    yield User(user.name, shell=shell, groups=["wheel"], why="logs in, owns the training runs")
     yield Directory(home, mode=0o700, owner=own, why="sshd refuses keys in a home that others may write to")
     yield Directory(
         f"{home}/.ssh", mode=0o700, owner=own, why="sshd refuses keys in a folder that others may write to"
@@ -135,6 +141,7 @@ def users(machine: Machine, facts: Facts) -> Iterator[Step]:
         mode=0o600,
         owner=own,
         why="the keys that log in",
+        then=f"at ssh-keygen -l -f {home}/.ssh/authorized_keys",
     )
     yield File(
         f"/etc/sudoers.d/10-{user.name}",

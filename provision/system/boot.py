@@ -39,6 +39,13 @@ def boot(machine: Machine, facts: Facts) -> Iterator[Step]:
         # From outside the chroot: inside, systemd >= 257 takes itself for a container and skips the EFI variables.
         script='bootctl --esp-path="$root"/boot install',
     )
+    yield Script(
+        "kernel on the ESP",
+        why="what the boot entry names; pacman says nothing when a full ESP kept it from getting there",
+        probe=f'[[ -s "$root"/boot/vmlinuz-{kernel} && -s "$root"/boot/initramfs-{kernel}.img ]] && echo yes',
+        script='for modules in "$root"/usr/lib/modules/*/; do\n  [[ -s $modules/pkgbase ]] || continue\n'
+        '  cp "$modules/vmlinuz" "$root/boot/vmlinuz-$(<"$modules/pkgbase")"\ndone\nin_target mkinitcpio --allpresets',
+    )
     # FAT keeps no modes; fmask=0077 shows every file as 0700.
     yield File(
         "/boot/loader/loader.conf",

@@ -18,6 +18,7 @@ from provision.steps import BASE_COMPLETE, File, Script, Step
 ESP_TYPE = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
 ROOT_TYPE = "4f68bce3-e8cd-4db1-96e7-fbcaf984b709"  # root, x86-64
 MOUNT = "/mnt"
+ESP_OPTIONS = "fmask=0077,dmask=0077"  # FAT keeps no modes: nobody but root may read the ESP
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Layout:
     @property
     def probe_mounts(self) -> tuple[tuple[str, str, str], ...]:
         """How a probe looks into a half-installed disk: read-only, and without replaying the journal."""
-        return ((self.root, MOUNT, "ro,noload"), (self.esp, f"{MOUNT}/boot", "ro"))
+        return ((self.root, MOUNT, "ro,noload"), (self.esp, f"{MOUNT}/boot", f"ro,{ESP_OPTIONS}"))
 
 
 def layout(machine: Machine) -> Layout:
@@ -80,12 +81,11 @@ def find_disk(machine: Machine, facts: Facts) -> Disk:
 
 
 def is_ours(machine: Machine, disk: Disk) -> bool:
-    """True where the disk has exactly the partitions that we make on it for this machine."""
+    """True where the disk has the two partitions that we make on it for this machine: it is not partitioned again."""
     ids = layout(machine)
-    return [(part.uuid, part.type_guid) for part in disk.partitions] == [
-        (ids.esp_uuid, ESP_TYPE),
-        (ids.root_uuid, ROOT_TYPE),
-    ]
+    return {(ids.esp_uuid, ESP_TYPE), (ids.root_uuid, ROOT_TYPE)} <= {
+        (part.uuid, part.type_guid) for part in disk.partitions
+    }
 
 
 def would_lose(machine: Machine, facts: Facts) -> str:
@@ -104,16 +104,22 @@ def disk(machine: Machine, facts: Facts) -> Iterator[Step]:
         if target.in_use and not is_ours(machine, target):
             raise ProvisionError(
                 f"{target.path} (serial {target.serial}) is in use: {', '.join(target.in_use)}.\n{describe_disk(target)}",
-                "Unmount it on the machine, or name another disk.",
+                "Free it on the ISO (umount, swapoff -a, vgchange -an, mdadm --stop --scan), or name another disk.",
             )
         yield partition(machine, target, ids)
-        yield format_partitions(machine, ids)
+        yield format_partition("ESP", ids.esp, "vfat", "mkfs.fat -F 32 -n ESP")
+        yield format_partition(
+            "root", ids.root, machine.disk.filesystem, f"mkfs.{machine.disk.filesystem} -q -L root"
+        )
         yield Script(
             f"mount {MOUNT}",
             why="the new system is built below it",
-            probe=f'[[ $mounted == yes && -e "$root"{BASE_COMPLETE} ]] && echo yes',
+            # An unfinished root is mounted anew, without whatever a cut-off pacstrap left mounted in it.
+            probe=f'[[ $mounted == yes && -e "$root"{BASE_COMPLETE} ]] &&'
+            f" findmnt --noheadings --output PARTUUID {MOUNT} && findmnt --noheadings --output PARTUUID {MOUNT}/boot",
+            expect=f"{ids.root_uuid}\n{ids.esp_uuid}",
             script=f"if mountpoint -q {MOUNT}; then umount --recursive {MOUNT}; fi\n"
-            f"mount {ids.root} {MOUNT}\nmkdir -p {MOUNT}/boot\nmount -o fmask=0077,dmask=0077 {ids.esp} {MOUNT}/boot",
+            f"mount {ids.root} {MOUNT}\nmkdir -p {MOUNT}/boot\nmount -o {ESP_OPTIONS} {ids.esp} {MOUNT}/boot",
         )
 
 
@@ -123,7 +129,7 @@ def fstab(machine: Machine, facts: Facts) -> Iterator[Step]:
         "/etc/fstab",
         "# <device> <folder> <type> <options> <dump> <check>\n"
         f"PARTUUID={ids.root_uuid} / {machine.disk.filesystem} rw,relatime 0 1\n"
-        f"PARTUUID={ids.esp_uuid} /boot vfat rw,relatime,fmask=0077,dmask=0077 0 2\n",
+        f"PARTUUID={ids.esp_uuid} /boot vfat rw,relatime,{ESP_OPTIONS} 0 2\n",
         why="mounts by the ids that we gave the partitions, whatever the kernel calls the disk",
         then='findmnt --verify --tab-file "$root/etc/fstab"',
     )
@@ -154,7 +160,10 @@ sgdisk --new=1:0:+{machine.disk.esp_mib}M --typecode=1:{ESP_TYPE} --partition-gu
        --new=2:0:0 --typecode=2:{ROOT_TYPE} --partition-guid=2:{ids.root_uuid} --change-name=2:root "$disk"
 partprobe "$disk"
 udevadm settle --timeout=30
-for part in {ids.esp} {ids.root}; do [[ -b $part ]] || {{ echo "$part did not appear"; exit 1; }}; done
+for part in {ids.esp} {ids.root}; do
+  [[ -b $part ]] || {{ echo "$part did not appear"; exit 1; }}
+  wipefs --all --force $part  # what an older layout left at the same place
+done
 """
     return Script(
         f"partition {target.path}",
@@ -165,16 +174,17 @@ for part in {ids.esp} {ids.root}; do [[ -b $part ]] || {{ echo "$part did not ap
     )
 
 
-def format_partitions(machine: Machine, ids: Layout) -> Step:
-    def kind(device: str) -> str:
-        return f"blkid --probe --match-tag TYPE --output value {device}"
-
+def format_partition(name: str, device: str, filesystem: str, mkfs: str) -> Step:
+    """A file system where there is none. One that is there, of any kind, is never replaced: it may hold a home."""
+    kind = f"blkid --probe --match-tag TYPE --output value {device} || true"
     return Script(
-        "format partitions",
-        why=f"FAT32 for the ESP, {machine.disk.filesystem} for the root",
-        probe=f"echo $({kind(ids.esp)}) $({kind(ids.root)})",
-        expect=f"vfat {machine.disk.filesystem}",
-        script=f"mkfs.fat -F 32 -n ESP {ids.esp}\nmkfs.ext4 -q -F -L root {ids.root}\nudevadm settle --timeout=30",
+        f"format {name}",
+        why=f"{filesystem} on the new partition",
+        probe=kind,
+        expect=filesystem,
+        script=f"kind=$({kind})\n"
+        f'[[ -z $kind ]] || {{ echo "{device} holds $kind, not {filesystem}; to lose it: wipefs --all {device}"; exit 1; }}\n'
+        f"{mkfs} {device}\nudevadm settle --timeout=30",
     )
 
 

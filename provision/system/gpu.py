@@ -56,7 +56,10 @@ def choose_driver(wanted: str, gpus: Sequence[GpuSeen], kernel: str) -> Driver |
     packages = {"linux": ("nvidia-open",), "linux-lts": ("nvidia-open-lts",)}.get(
         kernel, ("nvidia-open-dkms", f"{kernel}-headers")
     )
-    seen = ", ".join(f"{gpu.slot} is 10de:{gpu.device:04x} ({family(gpu.device)})" for gpu in gpus) or "for a card to come"
+    seen = (
+        ", ".join(f"{gpu.slot} is 10de:{gpu.device:04x} ({family(gpu.device)})" for gpu in gpus)
+        or "for a card to come"
+    )
     return Driver((*packages, "nvidia-utils"), f"{seen}: open kernel modules, built for {kernel}")
 
 
@@ -72,8 +75,8 @@ def gpu_services(machine: Machine, facts: Facts) -> Iterator[Step]:
     driver = choose_driver(machine.gpu.driver, facts.gpus, machine.system.kernel)
     if driver is None:
         return
-    seen = bool(facts.gpus)
-    yield Unit("nvidia-persistenced.service", start=seen, why="keeps the cards initialised without a display")
+    if facts.gpus:  # without a card it fails
+        yield Unit("nvidia-persistenced.service", why="keeps the cards initialised without a display")
     check = 'for modules in "$root"/usr/lib/modules/*/; do at modinfo -k "$(basename "$modules")" nvidia > /dev/null || exit 1; done'
     yield Script(
         "nvidia module exists",

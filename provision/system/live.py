@@ -10,18 +10,26 @@ from provision.steps import BASE_COMPLETE, Script, Step
 CLOCK_TOLERANCE_S = 60  # certificates and package signatures are checked against the clock
 
 
-def live(machine: Machine, facts: Facts, now_s: int) -> Iterator[Step]:
-    """Steps that change only the ISO's memory. `now_s`: this computer's clock, when the facts were gathered."""
+def clock(machine: Machine, facts: Facts, now_s: int) -> Iterator[Step]:
+    """Set a clock that is wrong, and the hardware's. `now_s`: this computer's, when the facts were gathered."""
+    ahead_s = now_s - facts.clock_s
+    if abs(ahead_s) <= CLOCK_TOLERANCE_S:
+        return
+    right = f"(( $(date +%s) >= {now_s - CLOCK_TOLERANCE_S} && $(date +%s) < {now_s + 86400} ))"
+    yield Script(
+        "clock",
+        why=f"{abs(ahead_s)} s {'behind' if ahead_s > 0 else 'ahead'}: signatures and certificates would not verify",
+        probe=f"{right} && echo yes",
+        # Time synchronisation may have come before us by now.
+        script=f'{right} || date --set "@$(( $(date +%s) + {ahead_s} ))"\n'
+        "if [[ -e /dev/rtc0 ]]; then hwclock --systohc --utc; fi",
+    )
+
+
+def live(machine: Machine, facts: Facts) -> Iterator[Step]:
+    """Steps that change only the ISO's memory."""
     if facts.system != "live":
         return
-    ahead_s = now_s - facts.clock_s
-    if abs(ahead_s) > CLOCK_TOLERANCE_S:
-        yield Script(
-            "clock",
-            why=f"the host is {abs(ahead_s)} s {'behind' if ahead_s > 0 else 'ahead'}: signatures and certificates would not verify",
-            probe=f"(( $(date +%s) >= {now_s - CLOCK_TOLERANCE_S} && $(date +%s) < {now_s + 86400} )) && echo yes",
-            script=f'date --set "@$(( $(date +%s) + {ahead_s} ))"',
-        )
     mirrorlist = "".join(f"Server = {server}\n" for server in machine.mirror.servers)
     first = machine.mirror.servers[0].replace("$repo", "core").replace("$arch", "x86_64") + "/core.db"
     yield Script(
@@ -40,7 +48,9 @@ def live(machine: Machine, facts: Facts, now_s: int) -> Iterator[Step]:
             why="pacstrap verifies every package; an ISO older than a packager's key needs the newer keyring",
             probe=f'[[ -e "$root"{BASE_COMPLETE} ]] && echo yes',
             # The one allowed -Sy: nothing else is installed on the ISO, which lives in memory.
-            script="timeout 300 systemctl start pacman-init.service ||"
+            # It waits for a synchronised clock; where NTP is blocked that never comes, and ours was compared by now.
+            script="install -d /run/systemd/timesync; touch /run/systemd/timesync/synchronized\n"
+            "timeout 300 systemctl start pacman-init.service ||"
             " { echo 'pacman-init.service did not finish within 300 s'; systemctl status --no-pager pacman-init.service; exit 1; }\n"
             "pacman -Sy --needed --noconfirm --noprogressbar archlinux-keyring",
         )

@@ -1,6 +1,7 @@
 """Wired network, name resolution, sshd."""
 
 from collections.abc import Iterator
+from shlex import quote
 
 from provision.facts import Facts
 from provision.machine import Machine
@@ -12,10 +13,19 @@ HOST_KEY = "/etc/ssh/ssh_host_ed25519_key"
 def network(machine: Machine, facts: Facts) -> Iterator[Step]:
     yield File(
         "/etc/systemd/network/20-wired.network",
-        # By MAC: networkd's default client id comes from the machine-id, so a new install would get a new address.
+        # By MAC: networkd's default client id comes from the machine-id, so every new install would get a new address.
         f"[Match]\nName={machine.network.match}\n\n[Network]\nDHCP=yes\n\n[DHCPv4]\nClientIdentifier=mac\n",
-        why="an address by DHCP, asked for by MAC so that it stays the same",
+        why="an address by DHCP, asked for by MAC so that it stays the same over installations",
         then="[[ $root ]] || networkctl reload",
+    )
+    yield File(
+        "/etc/systemd/system/systemd-networkd-wait-online.service.d/10-any.conf",
+        "[Service]\nExecStart=\nExecStart=/usr/lib/systemd/systemd-networkd-wait-online --any\n",
+        why="one cable is enough: by default it waits for every port, in vain",
+        then="[[ $root ]] || systemctl daemon-reload",
+    )
+    yield File(
+        "/etc/issue.d/10-address.issue", "address: \\4\n\n", why="the console shows where the machine answers"
     )
     yield Unit("systemd-networkd.service", why="network")
     yield Unit("systemd-resolved.service", why="name resolution")
@@ -32,7 +42,7 @@ def sshd(machine: Machine, facts: Facts) -> Iterator[Step]:
         "ssh host key",
         why="made here, on the machine, and pinned before the reboot",
         probe=f"at test -s {HOST_KEY} && at test -s {HOST_KEY}.pub && echo yes",
-        script=f"at rm -f {HOST_KEY} {HOST_KEY}.pub\nin_target ssh-keygen -q -t ed25519 -N '' -C {machine.name} -f {HOST_KEY}",
+        script=f"at rm -f {HOST_KEY} {HOST_KEY}.pub\nin_target ssh-keygen -q -t ed25519 -N '' -C {quote(machine.name)} -f {HOST_KEY}",
     )
     yield File(
         "/etc/ssh/sshd_config.d/10-metal.conf",  # sshd takes the first value it meets: before 99-archlinux.conf

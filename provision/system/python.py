@@ -55,7 +55,8 @@ def python(machine: Machine, facts: Facts) -> Iterator[Step]:
     yield Script(
         "python environment",
         why=f"{wanted.torch} {' '.join(wanted.packages)}; Python {wanted.interpreter}; torch from {index or 'the default index'}",
-        probe=f"readlink {ENVIRONMENT}",
+        # Without importing torch, which takes seconds: is there a Python that runs, and torch's files?
+        probe=f"{ENVIRONMENT}/bin/python -c 'import importlib.util as u; assert u.find_spec(\"torch\")' && readlink {ENVIRONMENT}",
         expect=folder,
         script="\n".join(lines),
     )

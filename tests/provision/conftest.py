@@ -61,6 +61,10 @@ live
 @applying
 inactive
 
+@runs
+
+@reboot
+
 @hostname
 archiso
 

@@ -69,6 +69,10 @@ def test_every_error_at_once_with_file_line_and_suggestion(tmp_path: Path) -> No
         ("[ssh]\nport = 0", ":6: ssh.port is 0"),
         ("[python]\noffline = true", ":6: python.offline is true"),
         ('[system]\ncmdline = "a\\nb"', ":6: system.cmdline"),
+        (
+            '[system]\ntimezone = "Europe/Berlim"',
+            "system.timezone 'Europe/Berlim' is unknown; did you mean 'Europe/Berlin'?",
+        ),
         ("[ssh]\nport = true", ":6: ssh.port must be a whole number, not bool True"),
     ],
 )
@@ -89,6 +93,16 @@ def test_keys_are_read_from_files(tmp_path: Path) -> None:
         machine_folder(tmp_path, f'[disk]\nserial = "X"\n[user]\nauthorized_keys = ["{tmp_path}/id.pub"]\n'),
     )
     assert machine.user.authorized_keys == (KEY,)
+
+
+def test_a_key_that_was_cut_is_no_key(tmp_path: Path) -> None:
+    text = '[disk]\nserial = "X"\n[user]\nauthorized_keys = ["ssh-ed25519 ' + "A" * 68 + '"]\n'
+    assert "is neither a public key line nor a file" in error_of(tmp_path, text)
+
+
+def test_a_name_that_cannot_be_an_alias_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ProvisionError, match="cannot be a machine's name"):
+        load_machine("a b", machine_folder(tmp_path, GOOD, "a b"))
 
 
 def test_unknown_machine_names_the_near_one(tmp_path: Path) -> None:
