@@ -132,11 +132,12 @@ while :; do
   size=$(stat -c %s -- "$log" 2>/dev/null || echo 0)
   if [ "$size" -lt "$offset" ]; then echo again >&2; offset=0; fi
   if [ "$size" -gt "$offset" ]; then
-    if tail -c "+$((offset + 1))" -- "$log" | head -c "$((size - offset))"; then
-      offset=$size
-    elif [ -e "$log" ] && [ ! -r "$log" ]; then
-      exit 1
-    fi  # else it was taken away just now, or head was served before tail had ended
+    piped=0
+    tail -c "+$((offset + 1))" -- "$log" | head -c "$((size - offset))" || piped=$?
+    case $piped in
+      0|141) offset=$size;;  # 141: the log has grown beyond what head wanted
+      *) [ ! -e "$log" ] || [ -r "$log" ] || exit 1;;  # else it was taken away just now
+    esac
   fi
   if [ "$code" = gone ]; then
     why=$(systemctl show -p Result -p ExecMainCode -p ExecMainStatus "$unit.service" 2>/dev/null || true)

@@ -37,6 +37,7 @@ mount --make-rprivate /
 mount -t proc proc /proc
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/sshd /run/bin /run/home/root /run/home/ml /run/etc
+mkdir -m 1777 /run/tmp
 cp "$standin"/* /run/bin/
 cp "$folder/authorized_keys" /run/sshd/
 cp "$folder/boot_id" /run/boot_id
@@ -79,7 +80,7 @@ StrictModes no
 UseDNS no
 MaxStartups 100
 LogLevel ERROR
-SetEnv PATH=/run/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+SetEnv TMPDIR=/run/tmp PATH=/run/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 Subsystem sftp internal-sftp
 """
 

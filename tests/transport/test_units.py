@@ -257,6 +257,21 @@ def test_a_large_log_arrives_whole_and_in_order(host: Host) -> None:
     assert lines[-1] == "1500000"
 
 
+def test_a_log_that_goes_while_it_is_read_is_no_error_and_one_that_cannot_be_read_is(
+    host: Host, sshd: Sshd
+) -> None:
+    """`tail` finds the log gone that `stat` still saw: it looks again, and says what became of the unit."""
+    tail = sshd.path("/run/bin/tail")
+    tail.write_text('#!/bin/bash\nrm -f /run/metal/metal-test/log\nexec /usr/bin/tail "$@"\n')
+    tail.chmod(0o755)
+    assert host.run_unit("metal-test", "echo on; exit 4", on_line=print, deadline_s=30) == 4
+    tail.unlink()
+    sshd.path("/run/home/ml/log").write_text("secret\n")
+    sshd.path("/run/home/ml/log").chmod(0o600)
+    with pytest.raises(ProvisionError, match="cannot be followed"):
+        host.follow(PurePosixPath("/run/home/ml/log"), "x", on_line=print, deadline_s=30, as_root=False)
+
+
 def test_a_log_is_followed_from_an_offset(host: Host, sshd: Sshd) -> None:
     host.run_unit("metal-test", "printf 'one\\ntwo\\nlast'", on_line=print, deadline_s=30)
     lines: list[str] = []
