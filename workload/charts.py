@@ -7,7 +7,7 @@ from html import escape
 
 Point = tuple[float, float]
 WIDTH, HEIGHT = 560, 260
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 34
+LEFT, RIGHT, TOP, BOTTOM = 62, 26, 12, 34
 MOST_POINTS = 400  # a line; more cannot be told apart at this width
 
 
@@ -45,7 +45,9 @@ def render_chart(
     points = [point for line in drawn for point in line.points]
     if not points:
         return ""
-    x_high = max(x for x, _ in points) or 1.0
+    x_high = (
+        max(x for line in lines for x, _ in line.points) or 1.0
+    )  # not that of means: charts side by side agree
     y_low, y_high = _bounds([y for _, y in points], log)
 
     def place(point: Point) -> tuple[float, float]:
@@ -109,9 +111,10 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Numbers that read well on a logarithmic axis: 1, 2, 5 times powers of ten, or linear ones when those are few."""
+    """Numbers that read well on a logarithmic axis, fewer to a power of ten the more of those there are."""
+    factors = (1, 10) if high / low > 1e4 else (1, 2, 5) if high / low > 10 else (1, 1.5, 2, 3, 4, 5, 6, 8)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [f * 10.0**p for p in powers for f in (1, 2, 5) if low <= f * 10.0**p <= high]
+    found = sorted({f * 10.0**p for p in powers for f in factors if low <= f * 10.0**p <= high})
     return found if len(found) >= 3 else [tick for tick in ticks(low, high) if tick > 0]
 
 

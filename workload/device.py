@@ -72,7 +72,8 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         what = torch.cuda.get_device_name(device)
     else:
-        what = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        what = f"{_cpu_name()}, {threads} thread{'s' * (threads > 1)}"
     return f"{what}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}, Python {platform.python_version()}"
 
 

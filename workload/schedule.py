@@ -23,11 +23,11 @@ def fit_steps(
 ) -> int:
     """How many of the `asked` steps fit into max_seconds, when `step` of the planned `steps` are done.
 
-    The pace is that since `since` (step, elapsed_s). A plan that is within 3% stays: a machine that is fast enough
+    The pace is that since `since` (step, elapsed_s). A plan that is within 5% stays: a machine that is fast enough
     runs the same schedule every time, and one whose pace wavers does not waver with it. 0 seconds: no limit.
     """
     done, took_s = step - since[0], elapsed_s - since[1]
     if max_seconds <= 0 or done <= 0 or took_s <= 0 or step >= steps:
         return steps
     fitting = min(asked, max(step + 1, step + int((max_seconds - elapsed_s) * done / took_s)))
-    return fitting if abs(fitting - steps) > 0.03 * steps else steps
+    return fitting if abs(fitting - steps) > 0.05 * steps else steps
