@@ -97,8 +97,8 @@ def test_every_path_of_the_root_goes_into_one_package(tmp_path: Path) -> None:
     assert parts["openssh"] == ["usr/lib/systemd/system/sshd.service"]
     assert "usr/lib/python3.11/os.py" in parts["python"]
     assert "usr/lib/modules/6.1/vmlinuz" in parts["kernel"]
-    assert "usr/bin/bash" in parts["base"]
-    assert "boot" in parts["base"], "the folder itself, for its mode"
+    assert "usr/bin/bash" in parts["filesystem"]
+    assert "boot" in parts["filesystem"], "the folder itself, for its mode"
     everything = [path for part in parts.values() for path in part]
     assert len(everything) == len(set(everything))
     assert not {"boot/vmlinuz", "etc/passwd-", "root/.bashrc"} & set(everything)
