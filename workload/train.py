@@ -33,10 +33,8 @@ from workload.schedule import fit_steps, learning_rate
 from workload.tokenizer import Tokenizer, count_bytes, load_tokenizer
 
 MOST_SKIPS = 20  # updates in a row whose gradient was not finite, before giving up
-PACE_FROM, PACE_UNTIL = (
-    5,
-    20,
-)  # updates of a start: the first are slow, and fewer than these say little about the pace
+PACE_FROM = 5  # updates of a start after which its pace is measured: the first are slow
+PACE_UNTIL = 20  # and updates before which it says too little
 
 
 def train(
@@ -60,14 +58,15 @@ def train(
         while True:
             finished = run.state.step >= run.state.steps
             evaluating = finished or run.state.step % config.train.eval_every == 0
-            saving = evaluating or run.state.step % config.train.save_every == 0
+            # Asked once: who stops has saved, or goes on to the next step and saves that.
+            saving = evaluating or run.state.step % config.train.save_every == 0 or should_stop()
             reporter.pause()
-            if run.state.step and (saving or should_stop()):
+            if saving and run.state.step:
                 run.save()
             if evaluating:
                 run.evaluate(should_stop)
             reporter.go_on()
-            if finished or should_stop():
+            if finished or (saving and should_stop()):
                 return run.state
             run.update()
             run.fit_steps()

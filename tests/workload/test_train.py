@@ -162,7 +162,10 @@ def test_every_stop_and_resume_is_the_same_as_no_stop(config: Config, tmp_path: 
     while starts == 0 or stop():
         starts += 1
         stop = stop_after(3 * starts)
-        run(config, stopped, should_stop=stop)
+        step = run(config, stopped, should_stop=stop).step
+        assert [path.name for path in list_complete(stopped / "checkpoints")][-1:] == [f"step-{step:08d}"] * (
+            step > 0
+        )
     assert starts > 4
     expected, seen = outcome(whole), outcome(stopped)
     assert seen["rows"] == expected["rows"]
