@@ -7,6 +7,8 @@ from typing import Literal
 
 MEMORY_MIB = 2048
 PROCESSORS = 2
+MEDIUM = "medium-device"  # the id by which QEMU's control channel knows it
+LAST = 9  # in the firmware's order, after every disk
 GUEST_SEES_HOST_AS = "10.0.2.2"  # QEMU's user network: the host's loopback
 
 
@@ -72,6 +74,7 @@ def arguments(
 
     A tool that takes the first disk that it sees would wipe its own boot medium here.
     `first` is what the firmware tries first; an empty disk falls through to the medium.
+    `Vm.start` takes the medium back behind the disk at once, so that it is first once only.
     """
     argv = [
         "qemu-system-x86_64",
@@ -93,7 +96,7 @@ def arguments(
     argv += ["-drive", f"if=none,id=medium,format=raw,readonly=on,file={escaped(files.medium)}"]
     argv += [
         "-device",
-        f"virtio-blk-pci,drive=medium,serial=MEDIUM,bootindex={0 if first == 'medium' else 9}",
+        f"virtio-blk-pci,id={MEDIUM},drive=medium,serial=MEDIUM,bootindex={0 if first == 'medium' else LAST}",
     ]
     argv += disk_arguments(hardware.disks, files.disks)
     if restore:

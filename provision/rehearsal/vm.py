@@ -102,6 +102,10 @@ class Vm:
             )
         wait_until(qmp_socket.exists, self.check, QMP_WAIT_S, "QEMU's control socket")
         self.qmp = Qmp(qmp_socket)
+        if first == "medium":  # as from a boot menu: this once; QEMU reads the order again at the next reset
+            self.qmp.command(
+                "qom-set", path=f"/machine/peripheral/{qemu.MEDIUM}", property="bootindex", value=qemu.LAST
+            )
         if restore:
             wait_until(lambda: self.status() != "inmigrate", self.check, SAVE_WAIT_S, "the saved state")
             self.qmp.command("cont")

@@ -174,7 +174,7 @@ def test_the_medium_is_the_first_disk_and_the_last_to_boot() -> None:
     argv = qemu.arguments(hardware, files(Path("/vm")), ssh_port=2222, first="disk", restore=None)
     devices = [word for word in argv if "bootindex" in word]
     assert devices == [
-        "virtio-blk-pci,drive=medium,serial=MEDIUM,bootindex=9",
+        "virtio-blk-pci,id=medium-device,drive=medium,serial=MEDIUM,bootindex=9",
         "virtio-blk-pci,drive=disk0,serial=S1,bootindex=1",
     ]
     assert any("file=/medium,,1.img" in word for word in argv), "a comma in a path is doubled"
@@ -184,7 +184,7 @@ def test_the_medium_is_the_first_disk_and_the_last_to_boot() -> None:
 def test_a_person_can_choose_the_medium_and_a_state_is_restored() -> None:
     hardware = qemu.Hardware((qemu.Disk("S1", bus="nvme"),), qemu.KVM)
     argv = qemu.arguments(hardware, files(Path("/vm")), ssh_port=1, first="medium", restore=Path("/it's"))
-    assert "virtio-blk-pci,drive=medium,serial=MEDIUM,bootindex=0" in argv
+    assert "virtio-blk-pci,id=medium-device,drive=medium,serial=MEDIUM,bootindex=0" in argv
     assert "nvme,drive=disk0,serial=S1,bootindex=1" in argv
     assert argv[argv.index("-incoming") + 1] == "exec:cat '/it'\\''s'"
 
