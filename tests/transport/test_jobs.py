@@ -39,6 +39,13 @@ def host(sshd: Sshd) -> Iterator[Host]:
         yield session
 
 
+@pytest.fixture(autouse=True)
+def package_that_nobody_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is saved in an editor while a test runs would rightly be sent."""
+    files = jobs.package_files()
+    monkeypatch.setattr(jobs, "package_files", lambda: files)
+
+
 def train(host: Host, settings: list[str], lines: list[str], **options: object) -> str:
     return jobs.train(
         host,
