@@ -314,7 +314,7 @@ class Host:
             name=self.name,
             alias=self.name if self.system == "installed" else live_alias(self.name),
             pins=self.wanted.pins,
-            address=self.address,
+            address=self.wanted.host,
             port=self.port,
             user=self.user,
             key_file=self.login.key_file,
@@ -325,8 +325,12 @@ class Host:
         self.traffic.bytes_received += received
 
     def remote(self, path: PurePosixPath) -> str:
-        """A path on this host as an argument of rsync. IPv6 addresses need the brackets."""
-        return f"[{self.address}]:{path}" if ":" in self.address else f"{self.address}:{path}"
+        """A path on this host as an argument of rsync. IPv6 addresses need the brackets.
+
+        The name as the machine file has it and not what it resolved to: ~/.ssh/config may know a jump for it.
+        """
+        name = self.wanted.host
+        return f"[{name}]:{path}" if ":" in name else f"{name}:{path}"
 
 
 def connect(
