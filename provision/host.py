@@ -314,7 +314,6 @@ class Host:
             name=self.name,
             alias=self.name if self.system == "installed" else live_alias(self.name),
             pins=self.wanted.pins,
-            address=self.wanted.host,
             port=self.port,
             user=self.user,
             key_file=self.login.key_file,

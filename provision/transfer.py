@@ -75,7 +75,6 @@ class Rsync:
     name: str
     alias: str
     pins: Path
-    address: str
     port: int
     user: str
     key_file: str
