@@ -261,6 +261,13 @@ def write(root: Path, place: str, text: str, mode: int = 0o644) -> None:
 def write_arch_files(root: Path) -> None:
     for mount_point in ("proc", "sys"):
         (root / mount_point).chmod(0o555)  # as pacstrap makes them
+    pacman_key = (root / "usr/bin/pacman-key").read_text()  # Debian's looks for keyrings in another place
+    write(
+        root,
+        "usr/bin/pacman-key",
+        pacman_key.replace("'/usr/share/keyrings'", "'/usr/share/pacman/keyrings'"),
+        0o755,
+    )
     write(root, "usr/lib/os-release", OS_RELEASE)
     write(root, "etc/arch-release", "")
     write(root, "etc/issue", "Arch Linux \\r (\\l)\n\n")
