@@ -122,6 +122,7 @@ class Bed:
         try:
             done = subprocess.run(
                 [*self.ssh_command(vm.ssh_port), command],
+                stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
                 timeout=deadline_s,
