@@ -9,7 +9,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,22 +35,23 @@ class Cache:
     def stage(self, name: str, inputs: Iterable[str | Path], build: Callable[[Path], None]) -> Path:
         """The folder of the stage for these inputs, made by `build(empty folder)` where it is missing."""
         target = self.folder / f"{name}-{digest(inputs)}"
-        with self.locked(name):
-            if not target.exists():
-                self.on_build(name)
-                partial = target.with_name(target.name + ".partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-                build(partial)
-                partial.rename(target)
-                self.prune(name, target)
-        try:
+        if not target.exists():
+            with self.locked(name):
+                self.make(name, target, build)
+        with suppress(PermissionError):  # made by root for an ordinary user: its age counts from its making
             target.touch()
-        except (
-            PermissionError
-        ):  # a stage made by root for an ordinary user: its age then counts from its making
-            return target
         return target
+
+    def make(self, name: str, target: Path, build: Callable[[Path], None]) -> None:
+        if target.exists():  # another process made it while this one waited for the lock
+            return
+        self.on_build(name)
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        build(partial)
+        partial.rename(target)
+        self.prune(name, target)
 
     def prune(self, name: str, newest: Path) -> None:
         oldest_s = time.time() - KEPT_DAYS * 86400
