@@ -6,19 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from fabric import Connection
+from fabric.main import program
 from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
-from rich.console import Console
 
 from provision import fetch, flow, jobs
 from provision.apply import gather_facts
 from provision.errors import ProvisionError
 from provision.host import Host, connect
 from provision.machine import Machine, known_machines, load_machine, machines_folder, save_local
+from provision.parallel import Executor, screen
 from provision.system.disk import describe_disks
 
-console = Console()
+program.executor_class = Executor  # several machines at once, and one that fails does not stop the others
 FINGERPRINT = "of the ISO's host key, SHA256:…, as `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` shows it on its console"
 ADDRESS = "where the machine answers now; kept in machines/NAME.local.toml"
 
@@ -66,13 +67,13 @@ def dial(c: Connection, machine: Machine, fingerprint: str = "") -> Host:
         fingerprint=fingerprint,
         password=c.connect_kwargs.get("password") or "",
         key_files=[key_files] if isinstance(key_files, str) else key_files,
-        confirm=lambda question: flow.ask_person(f"{question} [yes/no] ").lower() == "yes",
+        confirm=screen().confirm,
     )
 
 
 @task(
     help={
-        "wipe": "serial of the disk that may lose all it holds",
+        "wipe": "serial of the disk that may lose all it holds; of several machines: S1,S2, each for its own disk only",
         "fingerprint": FINGERPRINT,
         "address": ADDRESS,
     }
@@ -84,8 +85,9 @@ def provision(c: Context, wipe: str = "", fingerprint: str = "", address: str = 
     """
     with readable():
         machine = load(c, address)
-        with flow.provision_machine(machine, dial(c, machine, fingerprint), pins(), wipe, console) as host:
-            console.print(f"[dim]Since it was last dialled: {host.traffic}[/]", highlight=False)
+        host, to = dial(c, machine, fingerprint), screen()
+        with flow.provision_machine(machine, host, pins(), wipe, to.console, to.ask) as host:
+            to.console.print(f"[dim]Since it was last dialled: {host.traffic}[/]", highlight=False)
 
 
 @task(help={"fingerprint": FINGERPRINT, "address": ADDRESS})
@@ -93,7 +95,7 @@ def plan(c: Context, fingerprint: str = "", address: str = "") -> None:
     """Show what provision would do, and what it would destroy. Changes nothing."""
     with readable():
         machine = load(c, address)
-        flow.show_plan(machine, dial(c, machine, fingerprint), console)
+        flow.show_plan(machine, dial(c, machine, fingerprint), screen().console)
 
 
 @task(help={"fingerprint": FINGERPRINT, "address": ADDRESS})
@@ -101,9 +103,8 @@ def disks(c: Context, fingerprint: str = "", address: str = "") -> None:
     """List the machine's disks with serial, size and what is on them, for disk.serial of the machine file."""
     with readable():
         machine = load(c, address, need_disk=False)
-        console.print(
-            describe_disks(gather_facts(dial(c, machine, fingerprint))), highlight=False, markup=False
-        )
+        text = describe_disks(gather_facts(dial(c, machine, fingerprint)))
+        screen().console.print(text, highlight=False, markup=False)
 
 
 TRAIN = {
@@ -119,7 +120,10 @@ def train(c: Context, set: list[str], preset: str = "demo", detach: bool = False
     """Send the workload, start a training run as a systemd unit, follow it. Ctrl-C leaves it running."""
     with readable():
         machine = load(c)
-        jobs.train(dial(c, machine), machine, preset=preset, settings=set, detach=detach, resume=resume)
+        say, host = screen().say, dial(c, machine)
+        jobs.train(
+            host, machine, preset=preset, settings=set, detach=detach, resume=resume, on_line=say, say=say
+        )
 
 
 @task(help={"run": "its id; by default the one that runs, or ran last"})
@@ -127,7 +131,7 @@ def attach(c: Context, run: str = "") -> None:
     """Follow a training run that was started before. Ctrl-C leaves it running."""
     with readable():
         machine = load(c)
-        jobs.attach(dial(c, machine), machine, run)
+        jobs.attach(dial(c, machine), machine, run, on_line=screen().say, say=screen().say)
 
 
 @task(help={"run": "its id; by default every run"})
@@ -135,4 +139,5 @@ def fetch_checkpoints(c: Context, run: str = "") -> None:
     """Bring home the complete checkpoints, metrics and reports: verified, into checkpoints/NAME."""
     with readable():
         machine = load(c)
-        fetch.fetch_checkpoints(dial(c, machine), machine, Path("checkpoints") / machine.name, run)
+        home = Path("checkpoints") / machine.name
+        fetch.fetch_checkpoints(dial(c, machine), machine, home, run, say=screen().say)
