@@ -89,6 +89,51 @@ def test_live_system_is_like_the_iso(bed: Bed, vm: Vm) -> None:
     assert script(bed, vm, REPOSITORY.replace("SERVERS", servers)) == []
 
 
+def test_a_disk_that_holds_something_is_guarded(bed: Bed, vm: Vm) -> None:
+    """Every way to point it at the wrong disk, or at one that is in use: one message, and not a byte is written."""
+    rehearsal = Rehearsal(bed, vm, Console(quiet=True))
+    rehearsal.boot(cold=False)
+    wishes = rehearsal.machines / "rehearsal.toml"
+    asked = wishes.read_text()
+    fingerprint = f"--fingerprint={fingerprint_of(parse_key(bed.parts.keys.host_line))}"
+    script(
+        bed,
+        vm,
+        "sgdisk --new=1:0:0 --change-name=1:pictures /dev/vdb\npartprobe /dev/vdb\nmkfs.ext4 -q -L photos /dev/vdb1\n",
+    )
+    script(bed, vm, "sync")
+    before = hashlib.sha256(vm.disk_paths()[0].read_bytes()).hexdigest()
+
+    def says(text: str, *words: str, status: int = 1) -> None:
+        done = subprocess.run(
+            fab_command(*words, fingerprint),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **rehearsal.environment},
+            check=False,
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        assert text in " ".join((done.stdout + done.stderr).split()), done.stdout + done.stderr
+
+    says("This would be lost", "plan", status=0)
+    says("The disk holds something that is not ours; nothing was changed.", "provision")
+    says("ext4 photos pictures", "provision")
+    says(
+        "--wipe=MEDIUM is not the disk of machine 'rehearsal', whose serial is REHEARSAL0",
+        "provision",
+        "--wipe=MEDIUM",
+    )
+    wishes.write_text(asked.replace('"REHEARSAL0"', '"MEDIUM"'))
+    says("is the install medium itself", "provision", "--wipe=MEDIUM")
+    wishes.write_text(asked.replace('"REHEARSAL0"', '"OTHER"'))
+    says("No disk with serial 'OTHER'", "provision", "--wipe=OTHER")
+    wishes.write_text(asked)
+    script(bed, vm, "mkdir /tmp/photos\nmount -o ro,noload /dev/vdb1 /tmp/photos")
+    says("is in use: /tmp/photos", "provision", "--wipe=REHEARSAL0")
+    assert hashlib.sha256(vm.disk_paths()[0].read_bytes()).hexdigest() == before
+
+
 def test_whole_way_in_one_command(tmp_path: Path, bed: Bed) -> None:
     """`make rehearsal`: to a checkpoint on this computer, byte for byte what was trained there, that continues a prompt."""
     command = [sys.executable, "-m", "provision.rehearsal", "run", "--cache", str(bed.folder)]
