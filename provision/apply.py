@@ -9,7 +9,8 @@ from provision.errors import ProvisionError
 from provision.facts import PROBE, Facts, parse_facts
 from provision.host import Host
 from provision.machine import Machine
-from provision.steps import Plan, make_plan, parse_probes, render_apply, render_probes
+from provision.secrets import Prompt, ask_person, reveal
+from provision.steps import SECRETS, Plan, make_plan, parse_probes, render_apply, render_probes, secret_file
 from provision.system import system
 from provision.system.disk import MOUNT, layout
 from provision.system.network import HOST_KEY
@@ -66,8 +67,12 @@ class Progress:
             self.output(text.rstrip())
 
 
-def apply(plan: Plan, machine: Machine, host: Host, progress: Progress) -> None:
-    """Do the plan's Steps on the host, in a unit that survives the connection; ProvisionError names the Step that failed."""
+def apply(plan: Plan, machine: Machine, host: Host, progress: Progress, prompt: Prompt = ask_person) -> None:
+    """Do the plan's Steps on the host, in a unit that survives the connection; ProvisionError names the Step that failed.
+
+    `prompt` asks a person for a secret that a Step needs and that is `prompt:TEXT`.
+    """
+    send_secrets(plan, host, prompt)
     root = MOUNT if host.system == "live" else ""
     code = host.run_unit(UNIT, render_apply(plan, root), on_line=progress.line, deadline_s=APPLY_DEADLINE_S)
     if code:
@@ -75,6 +80,19 @@ def apply(plan: Plan, machine: Machine, host: Host, progress: Progress) -> None:
             f"Step '{progress.failed or progress.current}' failed with exit {code}:\n"
             + "\n".join(f"  {line}" for line in progress.tail),
             f"Whole output: {progress.log}\nWhen the cause is mended, this goes on from there: fab -H {machine.name} provision",
+        )
+
+
+def send_secrets(plan: Plan, host: Host, prompt: Prompt) -> None:
+    """What Steps of the plan need to know, each in a file for root in memory; `render_apply` has them removed at its end.
+
+    All are looked up before anything is sent: what is missing must not stop an installation half-way.
+    """
+    wanted = {planned.step.secret for planned in plan.pending if planned.step.secret}
+    for secret, text in [(secret, reveal(secret, prompt)) for secret in wanted]:
+        host.run(
+            f"umask 077\ninstall -d -m 711 {SECRETS.rpartition('/')[0]}\nmkdir -p {SECRETS}\ncat > {secret_file(secret)}",
+            stdin=text.encode(),
         )
 
 

@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from shlex import join, quote
 
 from provision.errors import ProvisionError
+from provision.secrets import Secret
 
 STATE = "/var/lib/metal-to-model"
 BASE_COMPLETE = f"{STATE}/base-complete"  # last thing that the first installation writes: without it the root is unfinished
+SECRETS = "/run/metal/secrets"  # in memory on both systems, for root only, and only while Steps are applied
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Step:
     `probe` prints what is there; the Step is done when that equals `expect`, blank ends of lines apart.
     `then` runs after the script, once for all Steps of a plan that name the same `then`, and again in a
     later run if it was cut off. `packages` is for the plan's reader and for merging; `disturbs_runs` where a
-    training at work may fail by it.
+    training at work may fail by it. `secret` is what the script reads from the file `secret_file(secret)`; the
+    probe must do without.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Step:
     then: str = ""
     packages: tuple[str, ...] = ()
     disturbs_runs: bool = False
+    secret: Secret | None = None
 
     def is_done(self, observed: str) -> bool:
         return observed.rstrip() == self.expect.rstrip()
@@ -157,6 +161,36 @@ def User(name: str, *, shell: str, groups: Sequence[str], why: str) -> Step:
     )
 
 
+def Password(user: str, secret: Secret, *, why: str) -> Step:
+    """An account's password. Only its hash reaches the host's disk.
+
+    Beside it stands a digest of that hash and of the reference. So the probe needs no secret to see that either was
+    changed; what it cannot see is another secret behind the same reference.
+    """
+    quoted, record = quote(user), f"{STATE}/password/{user}"
+    digest = f"{{ echo {digest_of(secret)}; at getent shadow {quoted} | cut -d: -f2; }} | sha256sum"
+    return Step(
+        name=f"password of {user}",
+        why=why,
+        probe=f'[[ $({digest}) == "$(at cat {quote(record)})" ]] && echo yes',
+        expect="yes",
+        script=f"umask 077\nhash=$(openssl passwd -6 -stdin < {secret_file(secret)})\n"
+        f"printf '%s:%s\\n' {quoted} \"$hash\" | at chpasswd --encrypted\n"
+        f'mkdir -p "$root"{STATE}/password\n{digest} > "$root"{quote(record)}',
+        secret=secret,
+    )
+
+
+def digest_of(secret: Secret) -> str:
+    """A name for a reference that tells nothing to who does not know it."""
+    return hashlib.sha256(secret.reference.encode()).hexdigest()[:16]
+
+
+def secret_file(secret: Secret) -> str:
+    """Where a Step's script finds its secret: one line."""
+    return f"{SECRETS}/{digest_of(secret)}"
+
+
 def Script(name: str, *, why: str, probe: str, script: str, expect: str = "yes", then: str = "") -> Step:
     """Anything else: `probe` prints `expect` when it is done."""
     return Step(name=name, why=why, probe=probe, expect=expect, script=script, then=then)
@@ -261,6 +295,8 @@ def render_apply(plan: Plan, root: str) -> str:
         "}",
         f"prelude={quote(prelude(root) + FAILED_COMMAND)}",
     ]
+    if any(planned.step.secret for planned in plan.pending):
+        lines.append(f"trap 'rm -rf {SECRETS}' EXIT")
     for index, planned in enumerate(plan.pending):
         step = planned.step
         parts = [step.script]

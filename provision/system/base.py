@@ -7,7 +7,18 @@ from shlex import join, quote
 from provision.errors import ProvisionError
 from provision.facts import Facts
 from provision.machine import Machine
-from provision.steps import BASE_COMPLETE, Directory, File, Link, Packages, Script, Step, Unit, User
+from provision.steps import (
+    BASE_COMPLETE,
+    Directory,
+    File,
+    Link,
+    Packages,
+    Password,
+    Script,
+    Step,
+    Unit,
+    User,
+)
 from provision.system.live import signatures
 
 MICROCODE = {"GenuineIntel": "intel-ucode", "AuthenticAMD": "amd-ucode"}
@@ -131,6 +142,8 @@ def users(machine: Machine, facts: Facts) -> Iterator[Step]:
     # Their shell may be one of system.packages, which come later; sshd lets nobody in whose shell is missing.
     shell = user.shell if facts.system == "installed" else "/bin/bash"
     yield User(user.name, shell=shell, groups=["wheel"], why="logs in, owns the training runs")
+    if user.password:
+        yield Password(user.name, user.password, why="for the console and sudo, as user.password says")
     yield Directory(home, mode=0o700, owner=own, why="sshd refuses keys in a home that others may write to")
     yield Directory(
         f"{home}/.ssh", mode=0o700, owner=own, why="sshd refuses keys in a folder that others may write to"
