@@ -154,7 +154,7 @@ def users(machine: Machine, facts: Facts) -> Iterator[Step]:
         mode=0o600,
         owner=own,
         why="the keys that log in",
-        then=f"at ssh-keygen -l -f {home}/.ssh/authorized_keys",
+        then=f'ssh-keygen -l -f "$root"{home}/.ssh/authorized_keys',  # from outside: it wants a /dev/null
     )
     yield File(
         f"/etc/sudoers.d/10-{user.name}",
