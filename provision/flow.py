@@ -23,8 +23,9 @@ from provision.apply import (
 from provision.dial import own_keys
 from provision.errors import ProvisionError
 from provision.facts import Facts
-from provision.host import Host, reconnect_after_reboot
-from provision.machine import Machine, state_folder
+from provision.find import elsewhere, reconnect_after_reboot
+from provision.host import Host
+from provision.machine import Machine, save_local, state_folder
 from provision.pins import parse_key, pin
 from provision.steps import render_plan
 from provision.system.disk import find_disk, would_lose
@@ -104,9 +105,13 @@ def reboot_and_find(machine: Machine, host: Host, pins: Path, facts: Facts, cons
             facts.boot_id,
             deadline_s=REBOOT_DEADLINE_S,
             key_files=host.wanted.key_files,
+            others=lambda: elsewhere(machine, [mac for _, mac in facts.nics]),
             on_wait=lambda text: status.update(escape(text)),
         )
     console.print(f"Found again at {found.address}, by the host key that it was given.")
+    if found.wanted.host != host.wanted.host:
+        save_local(pins.parent, machine.name, "ssh", "address", found.wanted.host)
+        console.print(f"Its new address is kept in {pins.parent / machine.name}.local.toml.")
     return found
 
 

@@ -16,7 +16,6 @@ from provision.errors import (
     ConnectionLost,
     ProvisionError,
     ScriptFailed,
-    UnknownKey,
     Unreachable,
 )
 from provision.link import BEAT_S, SILENCE_S, Link, Sink, Traffic
@@ -25,7 +24,7 @@ from provision.pins import SystemName, live_alias, pin
 from provision.transfer import Rsync, pack, put_script, run_rsync, tree_script
 from provision.units import Following, OnLine, folder_of, follow_script, start_script, unit_name
 
-__all__ = ["Host", "Result", "Traffic", "connect", "pin", "reconnect_after_reboot"]
+__all__ = ["Host", "Result", "Traffic", "connect", "pin"]
 
 LAST_LINES = 20  # of output, in an error message
 RECONNECT_S = 3600.0  # for how long a machine that went away is dialled, where a follower has no deadline
@@ -357,73 +356,6 @@ def connect(
         # sshd hangs up after LoginGraceTime (120 s), and a person who walks to the console is slower. If they
         # said yes, the key is pinned by now, and the second handshake asks nobody.
         return Host(replace(wanted, confirm=None), progress=progress)
-
-
-def reconnect_after_reboot(
-    machine: Machine,
-    pins: Path,
-    old_boot_id: str,
-    *,
-    deadline_s: float,
-    password: str = "",
-    key_files: Sequence[str] = (),
-    on_wait: Progress = say_nothing,
-    timeout_s: float = 5,
-    poll_s: float = 2,
-) -> Host:
-    """Wait for the installed system, which is known by the key pinned as NAME and by a new boot id.
-
-    The system before the reboot may still answer: its boot id tells. Raises ProvisionError when the ISO comes
-    up again, at once; at the deadline, with what was seen last.
-    """
-    wanted = Wanted(machine, pins, "", password, tuple(key_files), None, timeout_s)
-    started, last = time.monotonic(), ""
-    while True:
-        try:
-            host = Host(wanted, progress=on_wait)
-        except UnknownKey as error:
-            raise ProvisionError(
-                f"After the reboot, {error.message}\nExpected the key of the installed system.",
-                boot_order(machine),
-            ) from error
-        except ProvisionError as error:
-            seen = error.message
-        else:
-            new = ask_boot_id(host)
-            if new not in ("", old_boot_id) and host.system == "installed":
-                return host
-            host.close()
-            if new not in ("", old_boot_id):
-                raise ProvisionError(
-                    f"{machine.name} restarted and is on the ISO again.", boot_order(machine)
-                )
-            seen = f"{machine.name} has not gone down yet" if new else f"{machine.name} is going down"
-        waited = time.monotonic() - started
-        if seen != last:
-            on_wait(f"{waited:.0f} s: {seen}")
-            last = seen
-        if waited > deadline_s:
-            raise ProvisionError(
-                f"Waited {waited:.0f} s for {machine.name} to come back from its reboot; last seen: {seen}",
-                f"Its console shows its address; if that is a new one: fab -H {machine.name} provision --address NEW\n"
-                f"If it is the same, when it is up: fab -H {machine.name} provision",
-            )
-        time.sleep(poll_s)
-
-
-def ask_boot_id(host: Host) -> str:
-    """ "" where the host goes down while it is asked."""
-    try:
-        return host.boot_id()
-    except ProvisionError:
-        return ""
-
-
-def boot_order(machine: Machine) -> str:
-    return (
-        "Take the install medium out, or put the disk first in the firmware's boot order, and restart. Then:\n"
-        f"  fab -H {machine.name} provision"
-    )
 
 
 def still_running(name: str, unit: str) -> ProvisionError:

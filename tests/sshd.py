@@ -256,7 +256,7 @@ class Proxy:
     With `cut_after_bytes` it cuts by itself, once so many have come through.
     """
 
-    def __init__(self, target: int, *, delay_s: float = 0) -> None:
+    def __init__(self, target: int, *, delay_s: float = 0, address: str = "127.0.0.1", port: int = 0) -> None:
         self.target = target
         self.delay_s = delay_s
         self.cut_after_bytes = 0
@@ -265,7 +265,7 @@ class Proxy:
         self.accepted = 0
         self.relayed_bytes = 0
         self.sockets: list[socket.socket] = []
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener = socket.create_server((address, port))
         self.port = int(self.listener.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
 

@@ -14,7 +14,7 @@ def network(machine: Machine, facts: Facts) -> Iterator[Step]:
     yield File(
         "/etc/systemd/network/20-wired.network",
         # By MAC: networkd's default client id comes from the machine-id, so every new install would get a new address.
-        f"[Match]\nName={machine.network.match}\n\n[Network]\nDHCP=yes\n\n[DHCPv4]\nClientIdentifier=mac\n",
+        f"[Match]\nName={machine.network.match}\n\n[Network]\nDHCP=yes\nMulticastDNS=yes\n\n[DHCPv4]\nClientIdentifier=mac\n",
         why="an address by DHCP, asked for by MAC so that it stays the same over installations",
         then="[[ $root ]] || networkctl reload",
     )
@@ -28,6 +28,12 @@ def network(machine: Machine, facts: Facts) -> Iterator[Step]:
         "/etc/issue.d/10-address.issue", "address: \\4\n\n", why="the console shows where the machine answers"
     )
     yield Unit("systemd-networkd.service", why="network")
+    yield File(
+        "/etc/systemd/resolved.conf.d/10-mdns.conf",
+        "[Resolve]\nMulticastDNS=yes\n",
+        why=f"answers to {machine.system.hostname}.local, whatever its address",
+        then="[[ $root ]] || systemctl try-restart systemd-resolved.service",
+    )
     yield Unit("systemd-resolved.service", why="name resolution")
     yield Link(
         "/etc/resolv.conf", "/run/systemd/resolve/stub-resolv.conf", why="programs ask systemd-resolved"

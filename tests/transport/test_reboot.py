@@ -3,13 +3,16 @@
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from provision.errors import ProvisionError
-from provision.host import Host, connect, reconnect_after_reboot
+from provision.find import neighbours, reconnect_after_reboot
+from provision.host import Host, connect
 from provision.pins import parse_key, pin
-from tests.sshd import Sshd, keygen
+from tests.sshd import Proxy, Sshd, keygen
 
 
 @pytest.fixture
@@ -99,3 +102,40 @@ def test_the_wait_has_a_deadline_and_says_what_it_saw(live: Host, sshd: Sshd) ->
     sshd.stop_listening()
     with pytest.raises(ProvisionError, match=r"last seen: .*Connection refused"):
         find(sshd, [], deadline_s=1)
+
+
+def test_a_machine_that_moved_is_found_by_its_key_and_nobody_else_is(sshd: Sshd, tmp_path: Path) -> None:
+    """At the old address nobody answers; at the first other one somebody with another key; then it is there."""
+    sshd.pin()
+    sshd.set_boot_id("boot-2")
+    stranger = Sshd(tmp_path / "stranger")
+    try:
+        moved = replace(sshd.machine(), ssh=replace(sshd.machine().ssh, address="127.0.0.9"))
+        relay = Proxy(sshd.port, address="127.0.0.3", port=sshd.port)
+        impostor = Proxy(stranger.port, address="127.0.0.2", port=sshd.port)
+        with reconnect_after_reboot(
+            moved,
+            sshd.pins,
+            "boot-1",
+            deadline_s=30,
+            others=lambda: ["no-such-host.invalid", "127.0.0.2", "127.0.0.3"],
+            poll_s=0.1,
+            elsewhere_after_s=0,
+        ) as host:
+            assert (host.address, host.boot_id()) == ("127.0.0.3", "boot-2")
+        assert impostor.accepted == 1
+        relay.close()
+        impostor.close()
+    finally:
+        stranger.close()
+
+
+def test_neighbours_of_linux_and_of_macos() -> None:
+    table = """192.168.1.1 dev eth0 lladdr 00:11:22:33:44:55 REACHABLE
+192.168.1.7 dev eth0 lladdr a8:a1:59:00:0b:01 STALE
+fe80::1 dev eth0 lladdr a8:a1:59:00:0b:01 router STALE
+192.168.1.9 dev eth0 FAILED
+? (10.0.0.4) at a8:a1:59:0:b:1 on en0 ifscope [ethernet]
+"""
+    assert neighbours(table, ["A8:A1:59:00:0B:01"]) == ["192.168.1.7", "10.0.0.4"]
+    assert neighbours(table, []) == []
