@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from fabric import Connection
@@ -11,17 +10,20 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from provision import fetch, flow, jobs
+from provision import fetch, flow, inspection, jobs
 from provision.apply import gather_facts
 from provision.errors import ProvisionError
 from provision.host import Host, connect
-from provision.machine import Machine, known_machines, load_machine, machines_folder, save_local
+from provision.machine import Machine, keep_address, known_machines, load_machine, machines_folder
 from provision.parallel import Executor, screen
 from provision.system.disk import describe_disks
 
 program.executor_class = Executor  # several machines at once, and one that fails does not stop the others
-FINGERPRINT = "of the ISO's host key, SHA256:…, as `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` shows it on its console"
-ADDRESS = "where the machine answers now; kept in machines/NAME.local.toml"
+WIPE = "serial of the disk that may lose all it holds; of several machines: S1,S2, each for its own disk only"
+REACH = {
+    "fingerprint": "of the ISO's host key, SHA256:…, as `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` shows it on its console",
+    "address": "where the machine answers now; kept in machines/NAME.local.toml",
+}
 
 
 @contextmanager
@@ -37,21 +39,23 @@ def readable() -> Iterator[None]:
         ) from None
 
 
-def load(c: Context, address: str = "", need_disk: bool = True) -> Machine:
-    """The machine that -H names. Without -H Fabric would run everything on this computer: refused."""
-    folder = machines_folder()
+def named(c: Context) -> str:
+    """What -H says. Without -H Fabric would run everything on this computer: refused."""
     if not isinstance(c, Connection):
-        known = ", ".join(known_machines(folder)) or "none yet"
-        raise ProvisionError("No machine was named.", f"fab -H NAME …   Machines in {folder}: {known}")
+        known = (
+            f"Machines in {machines_folder()}: {', '.join(known_machines(machines_folder())) or 'none yet'}"
+        )
+        raise ProvisionError("No machine was named.", f"fab -H NAME …   {known}")
     if c.config.run.dry:
         raise ProvisionError(
             "--dry would skip reads too, and so show nothing true.", f"Use: fab -H {c.host} plan"
         )
-    machine = load_machine(c.host, folder, need_disk=need_disk)
-    if address:
-        save_local(folder, machine.name, "ssh", "address", address)
-        machine = replace(machine, ssh=replace(machine.ssh, address=address))
-    return machine
+    return str(c.original_host)  # and not c.host, which ~/.ssh/config may have replaced by an address
+
+
+def load(c: Context, address: str = "", need_disk: bool = True) -> Machine:
+    machine = load_machine(named(c), machines_folder(), need_disk=need_disk)
+    return keep_address(machine, machines_folder(), address) if address else machine
 
 
 def pins() -> Path:
@@ -71,13 +75,7 @@ def dial(c: Connection, machine: Machine, fingerprint: str = "") -> Host:
     )
 
 
-@task(
-    help={
-        "wipe": "serial of the disk that may lose all it holds; of several machines: S1,S2, each for its own disk only",
-        "fingerprint": FINGERPRINT,
-        "address": ADDRESS,
-    }
-)
+@task(help={"wipe": WIPE, **REACH})
 def provision(c: Context, wipe: str = "", fingerprint: str = "", address: str = "") -> None:
     """Install Arch, the NVIDIA stack and the Python environment; reboot; find the machine again; verify.
 
@@ -90,7 +88,7 @@ def provision(c: Context, wipe: str = "", fingerprint: str = "", address: str = 
             to.console.print(f"[dim]Since it was last dialled: {host.traffic}[/]", highlight=False)
 
 
-@task(help={"fingerprint": FINGERPRINT, "address": ADDRESS})
+@task(help=REACH)
 def plan(c: Context, fingerprint: str = "", address: str = "") -> None:
     """Show what provision would do, and what it would destroy. Changes nothing."""
     with readable():
@@ -98,7 +96,16 @@ def plan(c: Context, fingerprint: str = "", address: str = "") -> None:
         flow.show_plan(machine, dial(c, machine, fingerprint), screen().console)
 
 
-@task(help={"fingerprint": FINGERPRINT, "address": ADDRESS})
+@task(help={"name": "of the machine, where -H gives its address instead", **REACH})
+def inspect(c: Context, name: str = "", fingerprint: str = "", address: str = "") -> None:
+    """Draft machines/NAME.toml from what the machine has, of which nothing is changed. An existing file stays as it is."""
+    with readable():
+        machine = inspection.stranger(machines_folder(), named(c), c.port, name, address)
+        text = inspection.draft(dial(c, machine, fingerprint), machine, machines_folder())
+        screen().console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@task(help=REACH)
 def disks(c: Context, fingerprint: str = "", address: str = "") -> None:
     """List the machine's disks with serial, size and what is on them, for disk.serial of the machine file."""
     with readable():

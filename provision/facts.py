@@ -4,11 +4,13 @@
 `parse_facts` turns its output into `Facts`. The probe needs nothing that the Arch install ISO lacks.
 """
 
+import base64
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from provision.edid import Screen, parse_screen
 from provision.errors import ProvisionError
 
 LIVE_MARK = "/run/archiso"  # archiso mounts its medium below it; the installed system has no such folder
@@ -44,6 +46,7 @@ section clock; date +%s
 section firmware; if [[ -d /sys/firmware/efi/efivars ]]; then echo uefi; else echo bios; fi
 section kernel; uname -r
 section cpu; awk -F': *' '/^vendor_id/ {print $2; exit}' /proc/cpuinfo
+section cpu_model; awk -F': *' '/^model name/ {print $2; exit}' /proc/cpuinfo
 section memory; awk '/^MemTotal/ {print $2}' /proc/meminfo
 section root; findmnt --noheadings --output PARTUUID / || true
 section medium
@@ -66,6 +69,12 @@ done
 section nics
 for nic in /sys/class/net/*; do
   [[ -e $nic/device ]] && printf '%s %s\n' "${nic##*/}" "$(<"$nic/address")"
+done
+section screens
+for screen in /sys/class/drm/*/edid; do
+  [[ -e $screen && $(<"${screen%edid}status") == connected ]] || continue
+  connector=${screen%/edid}
+  printf '%s %s\n' "${connector##*/}" "$(base64 --wrap=0 "$screen" || true)"
 done
 section end
 """
@@ -122,11 +131,13 @@ class Facts:
     uefi: bool
     kernel: str
     cpu_vendor: str
+    cpu_model: str
     memory_bytes: int
     root_partition: str  # PARTUUID of what / is on; "" where it is not a partition
     disks: tuple[Disk, ...]
     gpus: tuple[GpuSeen, ...]
     nics: tuple[tuple[str, str], ...]  # (name, MAC address)
+    screens: tuple[Screen, ...]
 
 
 def parse_facts(text: str) -> Facts:
@@ -152,11 +163,16 @@ def parse_facts(text: str) -> Facts:
         uefi=one["firmware"] == "uefi",
         kernel=one["kernel"],
         cpu_vendor=one["cpu"],
+        cpu_model=one["cpu_model"],
         memory_bytes=int(one["memory"]) * 1024,
         root_partition=one["root"].lower(),
         disks=tuple(parse_disks(json.loads("\n".join(found["lsblk"])), found["medium"], holdings)),
         gpus=tuple(GpuSeen(slot, int(device, 16)) for slot, device in map(str.split, found["gpus"])),
         nics=tuple((name, mac) for name, mac in map(str.split, found["nics"])),
+        screens=tuple(
+            parse_screen(connector, base64.b64decode(edid))
+            for connector, _, edid in (line.partition(" ") for line in found["screens"])
+        ),
     )
 
 

@@ -388,6 +388,20 @@ def hostname_rule() -> Rule:
     return rule
 
 
+def at_address(machine: Machine, address: str) -> Machine:
+    """The same machine, answering somewhere else; ProvisionError where that is no address."""
+    for problem in check_value("The address", address, settings()["ssh"]["address"]):
+        raise ProvisionError(f"{problem}.", f"fab -H {machine.name} … --address ADDRESS")
+    return dataclasses.replace(machine, ssh=dataclasses.replace(machine.ssh, address=address))
+
+
+def keep_address(machine: Machine, folder: Path, address: str) -> Machine:
+    """The same machine at that address, from now on: it is kept in `NAME.local.toml`."""
+    moved = at_address(machine, address)
+    save_local(folder, machine.name, "ssh", "address", address)
+    return moved
+
+
 def state_folder(name: str) -> Path:
     """Where logs of a machine are kept on this computer: below `$XDG_STATE_HOME`, by default `~/.local/state`."""
     base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")

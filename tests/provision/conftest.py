@@ -1,5 +1,6 @@
 """A machine file and the facts of two hosts, written by hand after what the probe prints."""
 
+import base64
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,14 @@ LSBLK = {
     ]
 }  # fmt: skip
 
+# EDID of a DELL U2723QE, 27 inches: 3840 x 2160 at 60 Hz
+DELL_U2723QE = bytes.fromhex("""
+00 ff ff ff ff ff ff 00 10 ac 79 42 4c 47 5a 42 0f 22 01 04 b5 3c 22 78 3a df 15 ad 50 44 ad 25
+0f 50 54 a5 4b 00 d1 00 d1 c0 b3 00 a9 40 81 80 81 00 71 4f e1 c0 4d d0 00 a0 f0 70 3e 80 30 20
+35 00 55 50 21 00 00 1a 00 00 00 ff 00 32 33 5a 53 4a 30 34 0a 20 20 20 20 20 00 00 00 fc 00 44
+45 4c 4c 20 55 32 37 32 33 51 45 0a 00 00 00 fd 00 17 56 0f 8c 36 01 0a 20 20 20 20 20 20 01 2a
+""")
+
 PROBED_LIVE = f"""
 @system
 live
@@ -86,6 +95,9 @@ uefi
 @cpu
 AuthenticAMD
 
+@cpu_model
+Example 9 7950X 16-Core Processor
+
 @memory
 32768000
 
@@ -106,6 +118,10 @@ AuthenticAMD
 
 @nics
 enp5s0 a8:a1:59:00:00:01
+
+@screens
+card1-DP-1 {base64.b64encode(DELL_U2723QE).decode()}
+card1-HDMI-A-1
 
 @end
 """
