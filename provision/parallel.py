@@ -37,12 +37,7 @@ from provision.errors import ProvisionError
 from provision.flow import Ask, ask_person
 from provision.machine import load_machine, machines_folder, state_folder
 
-OF_ONE_MACHINE = (
-    "fingerprint",
-    "address",
-    "name",
-    "resume",
-)  # options that say something of one machine only
+OF_ONE_MACHINE = ("fingerprint", "address", "name", "resume")  # options that are about one machine only
 SHOWN = ("plan", "disks", "inspect")  # tasks whose output is what they are for: shown whole on a terminal too
 LOG_WIDTH = 160  # columns, where no terminal sets them
 
