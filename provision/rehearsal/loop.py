@@ -29,6 +29,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 # Emulated, a step costs some forty times what it costs outside: few steps of few tokens, over bytes.
 TRAINING = {
+    "data.tokenizer": "bytes",
     "model.n_layer": "2",
     "model.n_head": "2",
     "model.n_embd": "32",
@@ -150,7 +151,7 @@ class Rehearsal:
         self.console.print(f"[dim]$ {escape(' '.join(shown(argv)))}[/]", soft_wrap=True, highlight=False)
         process = start(argv, self.environment)
         try:
-            with log.open("a") as output:
+            with log.open("a", buffering=1) as output:  # by lines, so that it can be watched
                 for line in lines_of(process, deadline_s, self.vm.check):
                     output.write(line)
                     self.console.print(f"  {escape(line.rstrip())}", soft_wrap=True, highlight=False)
