@@ -63,9 +63,8 @@ def statements(text: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
     several lines, which a search by pattern would misread.
     """
     pending, begun = "", 1
-    for number, line in enumerate(
-        text.split("\n"), 1
-    ):  # not splitlines, which also splits at what TOML allows within
+    # Not splitlines, which also splits at characters that TOML allows within a line.
+    for number, line in enumerate(text.split("\n"), 1):
         if not pending:
             begun = number
         pending += line + "\n"

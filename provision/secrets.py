@@ -11,6 +11,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,9 @@ def is_reference(text: str) -> bool:
 
 
 def ask_person(text: str) -> str:
-    """Typed without echo; "" where nobody sits there."""
-    return getpass.getpass(f"{text}: ") if sys.stdin.isatty() else ""
+    """Typed without echo; "" where nobody sits there, or several machines, a thread each, would ask at once."""
+    alone = threading.current_thread() is threading.main_thread()
+    return getpass.getpass(f"{text}: ") if alone and sys.stdin.isatty() else ""
 
 
 def reveal(secret: Secret, prompt: Prompt = ask_person) -> str:
@@ -59,7 +61,10 @@ def reveal(secret: Secret, prompt: Prompt = ask_person) -> str:
     elif kind == "command":
         found, remedy = run_command(rest), "It must print the secret and nothing else."
     elif kind == "prompt":
-        found, remedy = prompt(rest), "Run this on a terminal, or refer to env:, file: or command: instead."
+        found, remedy = (
+            prompt(rest),
+            "Run this on a terminal, for one machine, or refer to env:, file: or command: instead.",
+        )
     else:
         raise ProvisionError(f"There is no secret to look up; expected {HOW}.")
     found = found.removesuffix("\n").removesuffix("\r")

@@ -5,17 +5,19 @@ import re
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pytest_mock import MockerFixture
 
 from provision.apply import Progress, apply
 from provision.errors import ProvisionError
 from provision.facts import Facts
 from provision.host import connect
 from provision.machine import Machine, load_machine
-from provision.secrets import Secret, is_reference, reveal
+from provision.secrets import Secret, ask_person, is_reference, reveal
 from provision.steps import (
     Password,
     Plan,
@@ -101,6 +103,18 @@ def test_each_kind_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert reveal(Secret("command:echo $HOME; id")) == "$HOME; id"  # no shell
     assert reveal(Secret("prompt:Password of ml"), prompt) == SECRET
     assert asked == ["Password of ml"]
+
+
+def test_a_person_is_asked_on_a_terminal_and_for_one_machine(mocker: MockerFixture) -> None:
+    typed = mocker.patch("getpass.getpass", return_value=SECRET)
+    terminal = mocker.patch("provision.secrets.sys.stdin")
+    terminal.isatty.return_value = True
+    assert ask_person("Password") == SECRET
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(ask_person, "Password").result() == ""
+    terminal.isatty.return_value = False
+    assert ask_person("Password") == ""
+    typed.assert_called_once_with("Password: ")
 
 
 @pytest.mark.parametrize(
