@@ -75,7 +75,8 @@ def File(
     """A regular file with this content, mode and owner (`user:group`); replaced by rename, never half written."""
     encoded = base64.b64encode(content.encode()).decode()
     write = (
-        'umask 077; base64 -d > "$1.metal-new"; chown "$3" "$1.metal-new"; chmod "$2" "$1.metal-new";'
+        '[[ -d ${1%/*}/ ]] || mkdir -p -- "${1%/*}/";'
+        ' umask 077; base64 -d > "$1.metal-new"; chown "$3" "$1.metal-new"; chmod "$2" "$1.metal-new";'
         ' mv -fT "$1.metal-new" "$1"'
     )
     return Step(
@@ -83,8 +84,7 @@ def File(
         why=why,
         probe=f"at stat --format '%F, mode %a, %U:%G' -- {quote(path)}; at cat -- {quote(path)}",
         expect=f"regular {'' if content else 'empty '}file, mode {mode:o}, {owner}\n{content}",
-        script=f"at mkdir -p -- {quote(path.rpartition('/')[0] or '/')}\n"
-        f"at bash -euc {quote(write)} file {quote(path)} {mode:o} {quote(owner)} <<< '{encoded}'",
+        script=f"at bash -euc {quote(write)} file {quote(path)} {mode:o} {quote(owner)} <<< '{encoded}'",
         then=then,
     )
 
@@ -243,8 +243,10 @@ def render_probes(steps: Sequence[Step], root: str, mounts: Sequence[tuple[str, 
 
     `mounts` (device, folder, options) are made read-only in a mount namespace of the script's own where the
     first of them is not mounted yet, so that a probe sees a half-installed disk and changes nothing.
+    What a probe prints is sent as it is, between lines that begin with a mark which no file can hold: a process
+    less a Step than an encoding would cost.
     """
-    lines = [prelude(root), "mounted=yes"]
+    lines = [prelude(root), "mounted=yes", "read -r mark < /proc/sys/kernel/random/uuid", 'echo "$mark"']
     if mounts:
         lines.append(f"if ! mountpoint -q {quote(mounts[0][1])}; then\n  mounted=no")
         for device, folder, options in mounts:
@@ -252,9 +254,9 @@ def render_probes(steps: Sequence[Step], root: str, mounts: Sequence[tuple[str, 
         lines.append("fi")
     for index, step in enumerate(steps):
         owed = f'[[ -e "$root"{flag(step.then)} ]]' if step.then else "false"
-        lines.append(f"printf '%s ' {index}; if {owed}; then printf 'owed '; else printf 'clear '; fi")
-        lines.append(f"(\n{step.probe}\n) < /dev/null 2> /dev/null | base64 -w0; echo")
-    body = "\n".join([*lines, "echo end"])
+        lines.append(f'if {owed}; then echo "$mark {index} owed"; else echo "$mark {index} clear"; fi')
+        lines.append(f"(\n{step.probe}\n) < /dev/null 2> /dev/null; echo")
+    body = "\n".join([*lines, 'echo "$mark end"'])
     if not mounts:
         return f"set +eo pipefail\n{body}\n"
     inner = f"bash --norc --noprofile <(printf '%s' {quote(body)})"
@@ -263,15 +265,16 @@ def render_probes(steps: Sequence[Step], root: str, mounts: Sequence[tuple[str, 
 
 def parse_probes(steps: Sequence[Step], text: str) -> list[tuple[str, bool]]:
     """Per Step (what its probe printed, whether its `then` is owed)."""
-    lines = text.splitlines()
-    if not lines or lines[-1] != "end" or len(lines) != len(steps) + 1:
+    mark, _, answers = text.partition("\n")
+    before, *frames = answers.split(f"{mark} ") if mark else [""]
+    if before or len(frames) != len(steps) + 1 or frames[-1] != "end\n":
         raise ProvisionError("The answer of the Steps' probes is incomplete.", "Run the command again.")
     results = []
-    for index, line in enumerate(lines[:-1]):
-        number, owed, *encoded = line.split(" ")
-        if int(number) != index:
-            raise ProvisionError(f"The probes answered out of order: {number} in place of {index}.")
-        results.append((base64.b64decode("".join(encoded)).decode(errors="replace"), owed == "owed"))
+    for index, frame in enumerate(frames[:-1]):
+        head, _, observed = frame.partition("\n")
+        if head not in (f"{index} owed", f"{index} clear"):
+            raise ProvisionError(f"The probes answered out of order: {head!r} in place of {index}.")
+        results.append((observed.removesuffix("\n"), head.endswith("owed")))
     return results
 
 
@@ -287,13 +290,15 @@ def make_plan(title: str, steps: Sequence[Step], observations: Sequence[tuple[st
 def render_apply(plan: Plan, root: str) -> str:
     """One script for all pending Steps. It prints `@@begin N NAME`, `@@end N` and `@@failed N CODE` around their output."""
     last = {planned.step.then: index for index, planned in enumerate(plan.pending) if planned.step.then}
+    # A subshell and not a bash of its own for each Step; and not as a condition, in which bash ignores `set -e`.
     lines = [
+        prelude(root),
         "run_step() {",
         '  printf "@@begin %s %s\\n" "$1" "$2"',
-        '  if bash --norc --noprofile -euo pipefail <(printf \'%s\\n\' "$prelude" "$3") < /dev/null 2>&1',
-        '  then printf "\\n@@end %s\\n" "$1"; else code=$?; printf "\\n@@failed %s %s\\n" "$1" "$code"; exit "$code"; fi',
+        f'  set +e\n  (set -euo pipefail\n{FAILED_COMMAND}eval "$3") < /dev/null 2>&1\n  code=$?\n  set -e',
+        '  if ((code == 0)); then printf "\\n@@end %s\\n" "$1"; return; fi',
+        '  printf "\\n@@failed %s %s\\n" "$1" "$code"; exit "$code"',
         "}",
-        f"prelude={quote(prelude(root) + FAILED_COMMAND)}",
     ]
     if any(planned.step.secret for planned in plan.pending):
         lines.append(f"trap 'rm -rf {SECRETS}' EXIT")

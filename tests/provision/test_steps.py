@@ -58,7 +58,7 @@ def run(root: Path) -> Run:
             "-euc",
             f"{mounts}; exec bash --norc -euo pipefail -s",
         ]
-        return subprocess.run(argv, input=script, capture_output=True, text=True)
+        return subprocess.run(argv, input=script, capture_output=True, text=True, errors="replace")
 
     return run_script
 
@@ -175,7 +175,23 @@ def test_two_steps_of_one_name_are_refused() -> None:
         check_unique([File("/a", "", why=""), File("/a", "x", why="")])
 
 
-@pytest.mark.parametrize("text", ["", "0 clear \n", "1 clear \nend\n"])
+def test_a_file_that_looks_like_an_answer_is_only_a_file(run: Run, root: Path) -> None:
+    """The mark between two answers is another one every time, so nothing on the host can pretend to be one."""
+    steps = [File("/etc/a", "wanted", why=""), File("/etc/b", "wanted", why="")]
+    first = run(render_probes(steps, str(root))).stdout
+    mark = first.split("\n")[0]
+    (root / "etc/a").write_text(f"{mark} 1 clear\n{steps[1].expect}\n{mark} end\n")
+    (root / "etc/b").write_bytes(b"\xff\0\r\nno end")
+    again = run(render_probes(steps, str(root))).stdout
+    assert again.split("\n")[0] != mark
+    a, b = parse_probes(steps, again)
+    assert a[0].endswith(f"{mark} end\n")
+    assert b[0].endswith("no end")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "M\n", "M\nM 0 clear\n\n", "M\nM 1 clear\n\nM end\n", "M\nx\nM 0 clear\n\nM end\n"]
+)
 def test_a_cut_answer_of_the_probes_is_refused(text: str) -> None:
     with pytest.raises(ProvisionError):
         parse_probes([Link("/a", "/b", why="")], text)
