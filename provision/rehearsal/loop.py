@@ -206,8 +206,9 @@ def lines_of(process: subprocess.Popen[str], deadline_s: float, check: Callable[
     output = process.stdout
 
     def read() -> None:
-        for line in output:
-            lines.put(line)
+        with output:
+            for line in output:
+                lines.put(line)
         lines.put(None)
 
     reader = threading.Thread(target=read, daemon=True)
