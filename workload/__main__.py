@@ -181,9 +181,11 @@ def prepare_device(arguments: argparse.Namespace) -> "tuple[torch.device, torch.
     """(device, dtype, cores), and torch set to them."""
     import torch
 
-    from workload.device import choose_device, choose_dtype, count_cores, read_cpu_flags
+    from workload.device import choose_device, choose_dtype, count_cores, keep_memory, read_cpu_flags
 
     device = choose_device(arguments.device)
+    if device.type == "cpu":
+        keep_memory()
     threads = arguments.threads or count_cores()
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32 on a GPU; no effect on a CPU

@@ -15,7 +15,14 @@ from workload.config import KEYS, load_config
 from workload.runs import CONFIG
 
 SIZES = "n_layer=1 n_head=2 n_embd=16 n_ctx=16 batch=2 micro_batch=2"
-TINY = [*SIZES.split(), "eval_sequences=2", "sample_tokens=8", "log_every=1", "max_seconds=0"]
+TINY = [
+    *SIZES.split(),
+    "tokenizer=bytes",
+    "eval_sequences=2",
+    "sample_tokens=8",
+    "log_every=1",
+    "max_seconds=0",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -238,5 +245,5 @@ def test_the_demo_begins_without_arguments(tmp_path: Path) -> None:
         child.communicate(timeout=60)
         assert child.returncode == 0
     assert seen[0].startswith("run      runs/demo-20")
-    assert any("data     demo: 975,663 bytes tokens" in line for line in seen)
+    assert any("data     demo: 305,971 gpt2 tokens" in line for line in seen)
     assert (tmp_path / seen[0].split()[1] / CONFIG).exists()

@@ -16,8 +16,7 @@ def test_every_preset_loads_and_fits_its_tokenizer() -> None:
     for name in list_presets():
         config = load_config(name)
         assert config.model.vocab_size == {"gpt2": 50257, "bytes": 257}[config.data.tokenizer]
-        if name != "demo":
-            assert config.data.tokenizer == "gpt2"
+        assert config.data.tokenizer == "gpt2"
 
 
 def test_settings_override_the_preset_with_or_without_the_section() -> None:
@@ -35,7 +34,7 @@ def test_settings_override_the_preset_with_or_without_the_section() -> None:
 
 
 def test_the_vocabulary_follows_the_tokenizer_unless_it_is_set() -> None:
-    assert load_config("demo", ["data.tokenizer=gpt2"]).model.vocab_size == 50257
+    assert load_config("demo", ["data.tokenizer=bytes"]).model.vocab_size == 257
     assert load_config("gpt2-124m", ["vocab_size=50304"]).model.vocab_size == 50304
     with pytest.raises(WorkloadError, match="50256 does not fit"):
         load_config("gpt2-124m", ["vocab_size=50256"])

@@ -1,5 +1,8 @@
 """Which device, which format, how many threads."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -47,3 +50,32 @@ def test_the_machine_is_described() -> None:
     assert 1 <= count_cores() <= 4096
     assert "float32" in describe(CPU, torch.float32)
     assert isinstance(read_cpu_flags(), frozenset)
+
+
+PAGES = """
+import resource, sys, torch
+from workload.device import keep_memory
+if sys.argv[1] == "keep" and not keep_memory():
+    sys.exit(3)
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(25_000_000)
+before = faults()
+for _ in range(5):
+    torch.ones(25_000_000)  # 100 MB
+print(faults() - before)
+"""
+
+
+def test_memory_that_is_freed_is_used_again() -> None:
+    faults = {}
+    for what in ("keep", "leave"):
+        child = subprocess.run(
+            [sys.executable, "-c", PAGES, what], capture_output=True, text=True, timeout=120, check=False
+        )
+        if child.returncode == 3:
+            pytest.skip("not glibc")
+        faults[what] = int(child.stdout)
+    assert faults["keep"] < 100
+    assert faults["leave"] > faults["keep"]
