@@ -114,23 +114,23 @@ def in_root(root: Path, argv: Sequence[str], log: Path, binds: Mapping[Path, str
 
 
 def apt_lines(texts: Sequence[str]) -> list[str]:
-    """Debian's repositories as the host reaches them, for our suite; the public ones where it has none.
+    """Debian's repositories as the host reaches them, for our suite; none where it has none, as on Arch.
 
-    `texts` are the host's apt sources, of either format. Only the addresses are taken from them.
+    `texts` are the host's apt sources, of either format. Only the addresses are taken from them. Without any,
+    mmdebstrap and debootstrap take the mirror that they know.
     """
     addresses = re.findall(
         r"https?://[^\s\]]+",
         "\n".join(line for text in texts for line in text.splitlines() if "#" not in line),
     )
-    main = next((a for a in addresses if a.rstrip("/").endswith("/debian")), "http://mirror.example/debian")
-    security = next(
-        (a for a in addresses if a.rstrip("/").endswith("/debian-security")),
-        "http://mirror.example/debian-security",
-    )
+
+    def named(name: str) -> str | None:
+        return next((address for address in addresses if address.rstrip("/").endswith(name)), None)
+
+    main, security = named("/debian"), named("/debian-security")
     return [
-        f"deb {main} {SUITE} main",
-        f"deb {main} {SUITE}-updates main",
-        f"deb {security} {SUITE}-security main",
+        *([f"deb {main} {SUITE} main", f"deb {main} {SUITE}-updates main"] if main else []),
+        *([f"deb {security} {SUITE}-security main"] if main and security else []),
     ]
 
 
@@ -151,11 +151,9 @@ def build_debian(stage: Path, log: Path) -> None:
         tools.run(["mmdebstrap", *options, SUITE, stage / "root.tar", *sources], log=log)
         return
     root = stage / "root"
-    mirror = sources[0].split()[1]
-    tools.run(
-        ["debootstrap", "--variant=minbase", f"--include={','.join(DEBIAN_PACKAGES)}", SUITE, root, mirror],
-        log=log,
-    )
+    mirror = [source.split()[1] for source in sources[:1]]
+    packages = f"--include={','.join(DEBIAN_PACKAGES)}"
+    tools.run(["debootstrap", "--variant=minbase", packages, SUITE, root, *mirror], log=log)
     tools.run(["tar", "-C", root, "--numeric-owner", "-cf", stage / "root.tar", "."], log=log)
     shutil.rmtree(root)
 

@@ -68,6 +68,7 @@ def test_apt_sources_of_the_host_are_read_in_both_formats() -> None:
         "deb http://mirror.example/debian bookworm-updates main",
         "deb https://mirror.example/debian-security bookworm-security main",
     ]
+    assert rootfs.apt_lines([other]) == []
 
 
 def test_paths_of_debian_become_those_of_arch() -> None:
