@@ -179,11 +179,28 @@ def build(cache: Cache, machine: Machine, log: Path) -> Parts:
         wheel_inputs,
         lambda stage: wheels.build_wheels(stage, wanted.torch, wanted.packages, index, log),
     )
-    if os.geteuid() != 0:
+    uv_wheel = wheels.wheel(uv, "uv")
+    if os.geteuid() != 0 and not has_root_stages(cache.folder, keys, uv_wheel, log):
         command = [sys.executable, "-m", "provision.rehearsal", "root-stages", "--cache", str(cache.folder)]
         subprocess.run(["sudo", *command], check=True)
-    built_medium, repository = build_root_stages(cache, keys, wheels.wheel(uv, "uv"), log)
+    built_medium, repository = build_root_stages(cache, keys, uv_wheel, log)
     return Parts(keys, built_medium, repository, wheel_folder)
+
+
+def has_root_stages(folder: Path, keys: Keys, uv: Path, log: Path) -> bool:
+    """True where nothing would have to be built: then nobody is asked for sudo's password."""
+
+    def refuse(name: str) -> None:
+        raise LookupError(name)
+
+    try:
+        build_root_stages(Cache(folder, refuse), keys, uv, log)
+    except (
+        LookupError,
+        PermissionError,
+    ):  # PermissionError: the lock is root's, who built another one before
+        return False
+    return True
 
 
 def build_root_stages(cache: Cache, keys: Keys, uv: Path, log: Path) -> tuple[Path, Path]:

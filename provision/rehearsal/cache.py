@@ -6,6 +6,7 @@ A stage is a folder `NAME-KEY` where KEY is a digest of its inputs. It is built 
 
 import fcntl
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -39,7 +40,7 @@ class Cache:
             with self.locked(name):
                 self.make(name, target, build)
         with suppress(PermissionError):  # made by root for an ordinary user: its age counts from its making
-            target.touch()
+            os.utime(target)
         return target
 
     def make(self, name: str, target: Path, build: Callable[[Path], None]) -> None:
