@@ -106,6 +106,8 @@ class Network:
 @dataclass(frozen=True)
 class Gpu:
     driver: Annotated[str, Rule(r"auto|open|none", "auto, open or none")]
+    cuda: bool
+    container_toolkit: bool
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ FAMILIES: tuple[tuple[int, str], ...] = (
     (0x2600, "Ada"),
     (0x2400, "Ampere"),
     (0x2300, "Hopper"),
+    (0x2200, "Ampere"),
+    (0x2100, "Turing"),
     (0x2000, "Ampere"),
     (0x1E00, "Turing"),
     (0x1340, "Maxwell, Pascal or Volta"),
@@ -68,6 +70,10 @@ def gpu(machine: Machine, facts: Facts) -> Iterator[Step]:
     if driver is None:
         return
     yield Packages(*driver.packages, why=driver.reason)
+    if machine.gpu.cuda:
+        yield Packages("cuda", why="gpu.cuda: nvcc, for who compiles")
+    if machine.gpu.container_toolkit:
+        yield Packages("nvidia-container-toolkit", why="gpu.container_toolkit: GPUs inside of containers")
 
 
 def gpu_services(machine: Machine, facts: Facts) -> Iterator[Step]:

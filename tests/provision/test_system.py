@@ -217,6 +217,42 @@ def test_driver_by_pci_id(ids: list[int], kernel: str, packages: tuple[str, ...]
     assert (driver and driver.packages) == packages
 
 
+FAMILY_OF_NAME = (  # by NVIDIA's marketing names, where they say it (the RTX 3050 A is an Ada)
+    (r"GeForce RTX 50|\bB[23]00|GB[23]|PRO .*Blackwell", "Blackwell or newer"),
+    (r"GeForce RTX 40|\bL4\b|\bL40|Ada Generation", "Ada"),
+    (r"\bH[128]00|GH200", "Hopper"),
+    (r"GeForce RTX 30(?!50 A)|\bA100|\bA10\b|\bA40\b|RTX A[1-6]000", "Ampere"),
+    (r"GeForce RTX 20[678]0|GTX 16|TITAN RTX|Tesla T4|Quadro RTX", "Turing"),
+)
+
+
+def published_ids() -> list[tuple[int, str]]:
+    lines = (GOLDEN.parent.parent / "fixtures" / "nvidia-open-ids.txt").read_text().splitlines()
+    return [(int(line[:4], 16), line[5:]) for line in lines if not line.startswith("#")]
+
+
+def test_every_id_that_nvidia_publishes_gets_the_open_modules_and_its_family() -> None:
+    named = 0
+    for device, name in published_ids():
+        driver = choose_driver("auto", [GpuSeen("0000:01:00.0", device)], "linux-lts")
+        assert driver
+        assert driver.packages == ("nvidia-open-lts", "nvidia-utils")
+        if wanted := next((family for pattern, family in FAMILY_OF_NAME if re.search(pattern, name)), ""):
+            assert f"({wanted})" in driver.reason, f"{device:04x} {name}: {driver.reason}"
+            named += 1
+    assert len(published_ids()) == 289
+    assert named > 200
+
+
+def test_cuda_and_the_container_toolkit_are_switches(machine: Machine, live: Facts) -> None:
+    wished = replace(machine, gpu=replace(machine.gpu, cuda=True, container_toolkit=True))
+    names = {name for step in system(wished, live, NOW) for name in step.packages}
+    assert {"cuda", "nvidia-container-toolkit"} <= names
+    assert not {"cuda", "nvidia-container-toolkit"} & {
+        n for step in system(machine, live, NOW) for n in step.packages
+    }
+
+
 def test_a_driver_for_a_card_to_come(machine: Machine, live: Facts) -> None:
     driver = choose_driver("open", (), "linux-lts")
     assert driver
