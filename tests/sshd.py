@@ -265,6 +265,7 @@ class Proxy:
         self.accepted = 0
         self.relayed_bytes = 0
         self.sockets: list[socket.socket] = []
+        self.lock = threading.Lock()
         self.listener = socket.create_server((address, port))
         self.port = int(self.listener.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
@@ -276,9 +277,10 @@ class Proxy:
     def cut(self, *, accept: bool = True) -> None:
         """Close every connection; with `accept=False` also every new one, until `mend`."""
         self.accepting = accept
-        for sock in self.sockets:
+        with self.lock:  # not those that dial again while these are hung up
+            doomed, self.sockets = self.sockets, []
+        for sock in doomed:
             hang_up(sock)
-        self.sockets.clear()
 
     def mend(self) -> None:
         self.swallowing, self.accepting = False, True
@@ -302,7 +304,8 @@ class Proxy:
             except OSError:
                 near.close()
                 continue
-            self.sockets += [near, far]
+            with self.lock:
+                self.sockets += [near, far]
             for source, sink in ((near, far), (far, near)):
                 sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 chunks: SimpleQueue[tuple[float, bytes]] = SimpleQueue()

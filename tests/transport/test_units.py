@@ -132,8 +132,10 @@ def test_the_deadline_holds_while_nobody_answers(host: Host, sshd: Sshd, proxy: 
 
 
 def test_the_deadline_holds_while_it_runs_and_leaves_it_running(host: Host, sshd: Sshd) -> None:
+    script = "while [ ! -e /run/go ]; do sleep 0.1; done; touch /run/ended"
     with pytest.raises(ProvisionError, match="left running"):
-        host.run_unit("metal-test", "echo on; sleep 3; touch /run/ended", on_line=print, deadline_s=1)
+        host.run_unit("metal-test", script, on_line=print, deadline_s=1)
+    sshd.path("/run/go").touch()
     wait_for(sshd.path("/run/ended").exists, "the unit to end by itself")
 
 
