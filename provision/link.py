@@ -184,19 +184,19 @@ class Link:
         try:
             streams, heard = 2, time.monotonic()
             while streams or not channel.status_event.is_set():
-                now = time.monotonic()
-                if deadline_s is not None and now - started > deadline_s:
+                if deadline_s is not None and time.monotonic() - started > deadline_s:
                     raise ProvisionError(f"{self.name}: {what} was not done after {deadline_s:g} s.")
-                if channel.status_event.is_set() and now - heard > LINGER_S:
-                    break
                 try:
                     sink, data = arrived.get(timeout=TICK_S if streams else 0.02)
                 except Empty:
+                    # Only while nothing is waiting: a slow sink must not look like a silent host.
+                    if channel.status_event.is_set() and time.monotonic() - heard > LINGER_S:
+                        break
                     continue
-                heard = time.monotonic()
                 streams -= not data
                 if data:
                     sink(data)
+                heard = time.monotonic()
             return self._status(channel, what)
         finally:
             channel.close()

@@ -307,3 +307,17 @@ def test_rsync_missing_on_the_host_is_said(host: Host, sshd: Sshd, tmp_path: Pat
     sshd.path("/run/bin/rsync").chmod(0o755)
     with pytest.raises(ProvisionError, match="There is no rsync on box"):
         host.rsync([host.remote(PurePosixPath("/run/home/ml/data")), str(tmp_path)])
+
+
+def test_a_reader_that_is_slow_loses_nothing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script has ended long before its output was worked off."""
+    monkeypatch.setattr("provision.link.LINGER_S", 0.05)
+    read: list[bytes] = []
+
+    def slowly(data: bytes) -> None:
+        time.sleep(0.2)
+        read.append(data)
+
+    code = host.link.bash("seq 1 30000", b"", slowly, read.append, what="the script", deadline_s=60)
+    assert code == 0
+    assert b"".join(read) == b"".join(b"%d\n" % number for number in range(1, 30001))
