@@ -342,7 +342,7 @@ def connect(
     timeout_s: float = 15,
     progress: Progress = say_nothing,
 ) -> Host:
-    """Open the session; see DESIGN, rule 6, for whose key is accepted.
+    """Open the session. Whose host key is accepted decides who logs in, and where.
 
     The key pinned as NAME: the installed system, as the machine's user. Pinned as NAME.live, or equal to
     `fingerprint`, or confirmed by a person (then pinned as NAME.live): the ISO, as root. Any other: UnknownKey.
