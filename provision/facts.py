@@ -13,8 +13,6 @@ from typing import Any, Literal
 from provision.edid import Screen, parse_screen
 from provision.errors import ProvisionError
 
-LIVE_MARK = "/run/archiso"  # archiso mounts its medium below it; the installed system has no such folder
-
 # Shared by the probe and by the script that wipes: what a disk holds, as text that changes when the disk does.
 HOLDINGS = r"""
 holdings() {  # the device's partitions, file systems, labels and identities; without mount points

@@ -20,11 +20,11 @@ from provision.errors import (
 )
 from provision.link import BEAT_S, SILENCE_S, Link, Sink, Traffic
 from provision.machine import Machine
-from provision.pins import SystemName, live_alias, pin
+from provision.pins import SystemName, live_alias
 from provision.transfer import Rsync, pack, put_script, run_rsync, tree_script
 from provision.units import Following, OnLine, folder_of, follow_script, start_script, unit_name
 
-__all__ = ["Host", "Result", "Traffic", "connect", "pin"]
+__all__ = ["Host", "Result", "Traffic", "connect"]
 
 LAST_LINES = 20  # of output, in an error message
 RECONNECT_S = 3600.0  # for how long a machine that went away is dialled, where a follower has no deadline

@@ -132,11 +132,8 @@ class Vm:
             )
         shutil.copy(self.folder / "variables.fd", folder / "variables.fd")
 
-    def serial_text(self) -> str:
-        """What the console said since the last start."""
-        return self.serial_bytes().decode(errors="replace").replace("\r", "")
-
     def serial_bytes(self) -> bytes:
+        """What the console said since the last start."""
         with self.serial_log.open("rb") as log:
             log.seek(self.watched_from)
             return log.read()
