@@ -40,6 +40,7 @@ class Between:
     greatest: int
 
 
+SERIAL = Rule(r"(\S([^\n]*\S)?)?", "a serial number or a name in /dev/disk/by-id, without blanks around it")
 ONE_LINE = Rule(r"[^\n]*", "one line")
 URL = Rule(r"((https?|file)://\S+)?", "a URL")
 PACKAGE = Rule(r"[a-z0-9@_+][a-z0-9@._+-]*", "a package name")  # makepkg's rule for pkgname
@@ -56,9 +57,25 @@ class Ssh:
 
 @dataclass(frozen=True)
 class DiskWanted:
-    serial: Annotated[str, Rule(r"(\S([^\n]*\S)?)?", "a serial number, without blanks around it")]
+    serial: Annotated[str, SERIAL]
+    size_gib: Annotated[int, Between(0, 2**20)]
+    mirror: Annotated[str, SERIAL]
     esp_mib: Annotated[int, Between(512, 16384)]
-    filesystem: Annotated[str, Rule(r"ext4", "ext4")]
+    filesystem: Annotated[str, Rule(r"ext4|btrfs", "ext4 or btrfs")]
+    root_gib: Annotated[int, Between(0, 2**20)]
+    swap: Annotated[str, Rule(r"zram|partition|file|none", "zram, partition, file or none")]
+    swap_gib: Annotated[int, Between(0, 2**12)]
+    encryption: Annotated[str, Rule(r"none|luks", "none or luks")]
+    passphrase: Secret
+    unlock: Annotated[str, Rule(r"(tpm2|ssh|console)?", "tpm2, ssh, console or nothing")]
+    data: Annotated[
+        tuple[str, ...], Rule(r"\S([^\n]*\S)? (/[A-Za-z0-9._-]+)+", "a serial number, a blank and a folder")
+    ]
+
+    @property
+    def data_disks(self) -> tuple[tuple[str, str], ...]:
+        """(serial, folder) of each."""
+        return tuple((entry.rpartition(" ")[0], entry.rpartition(" ")[2]) for entry in self.data)
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,7 @@ class System:
         str, Rule(r"[a-z]{2,3}(_[A-Z]{2})?(\.UTF-8)?(@\w+)?|C\.UTF-8", "a name such as en_US.UTF-8")
     ]
     keymap: Annotated[str, Rule(r"[A-Za-z0-9_.-]+", "a name such as us or de-latin1")]
-    kernel: Annotated[str, Rule(r"linux(-[a-z0-9-]+)?", "a kernel package such as linux-lts")]
+    kernels: Annotated[tuple[str, ...], Rule(r"linux(-[a-z0-9-]+)?", "a kernel package such as linux-lts")]
     cmdline: Annotated[str, ONE_LINE]
     packages: Annotated[tuple[str, ...], PACKAGE]
 
@@ -106,6 +123,7 @@ class Network:
 @dataclass(frozen=True)
 class Gpu:
     driver: Annotated[str, Rule(r"auto|open|none", "auto, open or none")]
+    legacy_commit: Annotated[str, Rule(r"([0-9a-f]{40})?", "the 40 hexadecimal digits of a git commit")]
     cuda: bool
     container_toolkit: bool
 
@@ -354,6 +372,9 @@ def check_whole(machine: Machine) -> Iterator[tuple[tuple[str, str], str]]:
                 f"`fab -H {machine.name} disks` lists those of the machine"
             ),
         )
+    yield from check_disks(machine.disk)
+    if not machine.system.kernels:
+        yield ("system", "kernels"), "system.kernels is empty; expected at least one, such as linux-lts"
     if time_zones() and machine.system.timezone not in time_zones():
         near = nearest(machine.system.timezone, sorted(time_zones())).partition("; known")[0]
         yield ("system", "timezone"), f"system.timezone {machine.system.timezone!r} is unknown{near}"
@@ -382,6 +403,75 @@ def check_whole(machine: Machine) -> Iterator[tuple[tuple[str, str], str]]:
             ("python", "offline"),
             "python.offline is true, so python.find_links must name a folder of wheels",
         )
+
+
+SYSTEM_FOLDERS = (
+    "bin",
+    "boot",
+    "dev",
+    "etc",
+    "lib",
+    "lib64",
+    "mnt",
+    "proc",
+    "root",
+    "run",
+    "sbin",
+    "sys",
+    "tmp",
+    "usr",
+    "var",
+)
+
+
+def check_disks(disk: DiskWanted) -> Iterator[tuple[tuple[str, str], str]]:
+    """What contradicts itself in the wishes for disks, before any disk was seen."""
+    if disk.mirror and disk.filesystem != "btrfs":
+        yield ("disk", "mirror"), 'disk.mirror needs disk.filesystem = "btrfs", whose RAID1 it is'
+    if disk.mirror and disk.mirror == disk.serial:
+        yield ("disk", "mirror"), "disk.mirror is disk.serial: a mirror needs a second disk"
+    if disk.root_gib and disk.filesystem == "btrfs":
+        yield (
+            ("disk", "root_gib"),
+            "disk.root_gib is for ext4: with btrfs /home is a subvolume that shares the space",
+        )
+    if 0 < disk.root_gib < 8:
+        yield (
+            ("disk", "root_gib"),
+            f"disk.root_gib is {disk.root_gib}; a system with CUDA needs 8 at the very least",
+        )
+    if disk.swap == "file" and disk.mirror:
+        yield (
+            ("disk", "swap"),
+            "a swap file cannot lie on a mirror (btrfs RAID1): disk.swap may be zram, partition or none",
+        )
+    if disk.encryption == "luks" and not disk.passphrase:
+        yield (
+            ("disk", "passphrase"),
+            "disk.encryption is luks, and disk.passphrase says no passphrase: " + HOW,
+        )
+    if disk.encryption == "luks" and not disk.unlock:
+        yield (
+            ("disk", "unlock"),
+            "disk.encryption is luks and disk.unlock says nothing: after every boot the machine would wait for a "
+            "passphrase that nobody types. Expected tpm2, ssh, or console where somebody sits there",
+        )
+    if disk.encryption == "none" and (disk.unlock or disk.passphrase):
+        yield ("disk", "encryption"), 'disk.unlock and disk.passphrase are for disk.encryption = "luks"'
+    serials, folders = (
+        [disk.serial, disk.mirror],
+        ["/home"] if disk.root_gib or disk.filesystem == "btrfs" else [],
+    )
+    for serial, folder in disk.data_disks:
+        if serial in serials:
+            yield ("disk", "data"), f"disk.data: {serial} is used twice"
+        if folder in folders or folder.split("/")[1] in SYSTEM_FOLDERS or ".." in folder.split("/"):
+            yield (
+                ("disk", "data"),
+                f"disk.data: {folder} is taken, or belongs to the system; a good place is /data",
+            )
+        serials.append(serial)
+        folders.append(folder)
 
 
 def hostname_rule() -> Rule:

@@ -28,7 +28,7 @@ def base(machine: Machine, facts: Facts) -> Iterator[Step]:
     """Packages without which the machine does not boot, or cannot be reached."""
     yield Packages(
         "base",
-        machine.system.kernel,
+        *machine.system.kernels,
         "linux-firmware",
         "mkinitcpio",
         "dosfstools",

@@ -29,7 +29,7 @@ def initramfs(machine: Machine, facts: Facts) -> Iterator[Step]:
 
 
 def boot(machine: Machine, facts: Facts) -> Iterator[Step]:
-    ids, kernel = layout(machine), machine.system.kernel
+    ids, kernels = layout(machine), machine.system.kernels
     options = " ".join(filter(None, [f"root=PARTUUID={ids.root_uuid} rw", machine.system.cmdline]))
     yield Script(
         "boot loader",
@@ -39,24 +39,28 @@ def boot(machine: Machine, facts: Facts) -> Iterator[Step]:
         # From outside the chroot: inside, systemd >= 257 takes itself for a container and skips the EFI variables.
         script='bootctl --esp-path="$root"/boot install',
     )
+    images = " && ".join(
+        f'-s "$root"/boot/vmlinuz-{kernel} && -s "$root"/boot/initramfs-{kernel}.img' for kernel in kernels
+    )
     yield Script(
         "kernel on the ESP",
         why="what the boot entry names; pacman says nothing when a full ESP kept it from getting there",
-        probe=f'[[ -s "$root"/boot/vmlinuz-{kernel} && -s "$root"/boot/initramfs-{kernel}.img ]] && echo yes',
+        probe=f"[[ {images} ]] && echo yes",
         script='for modules in "$root"/usr/lib/modules/*/; do\n  [[ -s $modules/pkgbase ]] || continue\n'
         '  cp "$modules/vmlinuz" "$root/boot/vmlinuz-$(<"$modules/pkgbase")"\ndone\nin_target mkinitcpio --allpresets',
     )
     # FAT keeps no modes; fmask=0077 shows every file as 0700.
     yield File(
         "/boot/loader/loader.conf",
-        f"default arch-{kernel}.conf\ntimeout 3\neditor no\n",
+        f"default arch-{kernels[0]}.conf\ntimeout 3\neditor no\n",
         mode=0o700,
         why="what boots",
     )
-    yield File(
-        f"/boot/loader/entries/arch-{kernel}.conf",
-        f"title Arch Linux ({kernel})\nlinux /vmlinuz-{kernel}\ninitrd /initramfs-{kernel}.img\noptions {options}\n",
-        mode=0o700,
-        why="kernel, initramfs and root to boot",
-    )
+    for kernel in kernels:
+        yield File(
+            f"/boot/loader/entries/arch-{kernel}.conf",
+            f"title Arch Linux ({kernel})\nlinux /vmlinuz-{kernel}\ninitrd /initramfs-{kernel}.img\noptions {options}\n",
+            mode=0o700,
+            why="kernel, initramfs and root to boot",
+        )
     yield Unit("systemd-boot-update.service", start=False, why="a newer systemd-boot reaches the ESP")

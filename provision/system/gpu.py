@@ -66,7 +66,7 @@ def choose_driver(wanted: str, gpus: Sequence[GpuSeen], kernel: str) -> Driver |
 
 
 def gpu(machine: Machine, facts: Facts) -> Iterator[Step]:
-    driver = choose_driver(machine.gpu.driver, facts.gpus, machine.system.kernel)
+    driver = choose_driver(machine.gpu.driver, facts.gpus, machine.system.kernels[0])
     if driver is None:
         return
     yield Packages(*driver.packages, why=driver.reason)
@@ -78,7 +78,7 @@ def gpu(machine: Machine, facts: Facts) -> Iterator[Step]:
 
 def gpu_services(machine: Machine, facts: Facts) -> Iterator[Step]:
     """After the packages: the daemon, and the check that DKMS did build (a failed build only warns in pacman)."""
-    driver = choose_driver(machine.gpu.driver, facts.gpus, machine.system.kernel)
+    driver = choose_driver(machine.gpu.driver, facts.gpus, machine.system.kernels[0])
     if driver is None:
         return
     if facts.gpus:  # without a card it fails
