@@ -62,21 +62,29 @@ class Bed:
     ) -> None:
         self.stack.close()
 
-    def machine(self, name: str = NAME, disks: tuple[qemu.Disk, ...] = (qemu.Disk("REHEARSAL0"),)) -> Vm:
+    def machine(
+        self,
+        name: str = NAME,
+        disks: tuple[qemu.Disk, ...] = (qemu.Disk("REHEARSAL0"),),
+        *,
+        tpm: bool = False,
+    ) -> Vm:
         """A machine that is off, in the folder `vm/NAME` of the bed; it ends with the bed at the latest."""
-        hardware = qemu.Hardware(disks, self.accelerator)
+        hardware = qemu.Hardware(disks, self.accelerator, tpm=tpm)
         vm = Vm(self.folder / "vm" / name, hardware, self.parts.medium / "medium.img")
         self.stack.callback(vm.kill)
         return vm
 
-    def boot_live(self, vm: Vm, *, cold: bool = False) -> None:
+    def boot_live(self, vm: Vm, *, cold: bool = False, seed: Path | None = None) -> None:
         """Start the machine on blank disks in the live system; returns when its sshd answers.
 
         Unless `cold`, it goes on from a saved state: its clock is then as late as that state is old.
+        With a seed or a TPM it always boots from the firmware: both are met on the way.
         """
-        state = None if cold else self.snapshot(vm.hardware)
+        saved = not (cold or seed or vm.hardware.tpm)
+        state = self.snapshot(vm.hardware) if saved else None
         vm.blank()
-        vm.start(restore=state)
+        vm.start(restore=state, seed=seed)
         vm.wait_for_ssh()
 
     def snapshot(self, hardware: qemu.Hardware) -> Path:
@@ -99,7 +107,7 @@ class Bed:
         finally:
             vm.kill()
 
-    def ssh_command(self, port: int, user: str = "root") -> list[str]:
+    def ssh_command(self, port: int, user: str = "root", address: str = qemu.LOOPBACK) -> list[str]:
         """argv of OpenSSH into a live system, by the bed's keys."""
         known = self.parts.keys.host.with_name("known_hosts")
         known.write_text(f"live {' '.join(self.parts.keys.host_line.split()[:2])}\n")
@@ -112,7 +120,7 @@ class Bed:
         options += ["IdentitiesOnly=yes", "ConnectTimeout=20", "LogLevel=ERROR"]
         words = [word for option in options for word in ("-o", option)]
         identity = ["-F", "none", "-i", str(self.parts.keys.identity)]
-        return ["ssh", *identity, "-p", str(port), *words, f"{user}@127.0.0.1"]
+        return ["ssh", *identity, "-p", str(port), *words, f"{user}@{address}"]
 
     def ssh(self, vm: Vm, command: str, *, deadline_s: float = 600) -> str:
         """Run a command in the live system, by plain OpenSSH; its output. For the bed's own use and its tests.
@@ -121,7 +129,7 @@ class Bed:
         """
         try:
             done = subprocess.run(
-                [*self.ssh_command(vm.ssh_port), command],
+                [*self.ssh_command(vm.ssh_port, address=vm.ssh_address), command],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -138,14 +146,22 @@ class Bed:
             )
         return done.stdout
 
-    def write_machine_files(self, vm: Vm, source: Path) -> Path:
-        """The folder for METAL_MACHINES: the machine's own file, and what is true only here and now."""
+    def write_machine_files(self, vm: Vm, source: Path, wishes: str = "") -> Path:
+        """The folder for METAL_MACHINES: the machine's own file, and what is true only here and now.
+
+        `wishes`, TOML, go over the machine's own file, which is then `base.toml`: another layout, another driver.
+        """
         folder = vm.folder / "machines"
         folder.mkdir(exist_ok=True)
-        for name in ("defaults.toml", f"{NAME}.toml"):
-            (folder / name).write_bytes((source / name).read_bytes())
+        (folder / "defaults.toml").write_bytes((source / "defaults.toml").read_bytes())
+        own = (source / f"{NAME}.toml").read_text()
+        if wishes:
+            (folder / "base.toml").write_text(own)
+            own = f'extends = ["base"]\n\n{wishes}'
+        (folder / f"{NAME}.toml").write_text(own)
         (folder / f"{NAME}.local.toml").write_text(
-            f'[ssh]\naddress = "127.0.0.1"\nport = {vm.ssh_port}\nidentity = "{self.parts.keys.identity}"\n\n'
+            f'[ssh]\naddress = "{vm.ssh_address}"\nport = {vm.ssh_port}\n'
+            f'identity = "{self.parts.keys.identity}"\n\n'
             f'[mirror]\nservers = ["{self.server.url("repository")}/$repo/os/$arch"]\n\n'
             f'[user]\nauthorized_keys = ["{self.parts.keys.identity}.pub"]\n\n'
             f'[python]\nfind_links = "{self.server.url("wheels")}/"\n'

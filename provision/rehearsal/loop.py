@@ -80,8 +80,9 @@ def load_record(path: Path) -> Record:
 class Rehearsal:
     """One machine on its way: `boot`, then the project's commands. Needs an entered Bed."""
 
-    def __init__(self, bed: Bed, vm: Vm, console: Console) -> None:
+    def __init__(self, bed: Bed, vm: Vm, console: Console, wishes: str = "") -> None:
         self.bed = bed
+        self.wishes = wishes  # TOML over the machine's own file
         self.vm = vm
         self.console = console
         self.logs = vm.folder / "logs"
@@ -96,12 +97,12 @@ class Rehearsal:
             "COLUMNS": str(self.console.width - 2),
         }
 
-    def boot(self, *, cold: bool) -> None:
+    def boot(self, *, cold: bool, seed: Path | None = None) -> None:
         """A blank machine, in the live system; nothing is left of an earlier rehearsal."""
         for folder in (self.machines, self.logs):
             shutil.rmtree(folder, ignore_errors=True)
-        self.bed.boot_live(self.vm, cold=cold)
-        self.bed.write_machine_files(self.vm, machines_folder())
+        self.bed.boot_live(self.vm, cold=cold, seed=seed)
+        self.bed.write_machine_files(self.vm, machines_folder(), self.wishes)
 
     def boot_again(self) -> None:
         """The machine as it was left. Where its key is pinned its disk is complete, else the medium is chosen."""
@@ -111,7 +112,7 @@ class Rehearsal:
         )
         self.vm.start(first="disk" if installed else "medium")
         self.vm.wait_for_ssh()
-        self.bed.write_machine_files(self.vm, machines_folder())
+        self.bed.write_machine_files(self.vm, machines_folder(), self.wishes)
 
     def provision(self) -> None:
         fingerprint = fingerprint_of(parse_key(self.bed.parts.keys.host_line))

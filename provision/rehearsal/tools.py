@@ -22,6 +22,7 @@ class Tool:
 TOOLS = (
     Tool("qemu-system-x86_64", "qemu-system-x86", "qemu-system-x86"),
     Tool("qemu-img", "qemu-utils", "qemu-img"),
+    Tool("swtpm", "swtpm", "swtpm"),
     Tool("mksquashfs", "squashfs-tools", "squashfs-tools"),
     Tool("mcopy", "mtools", "mtools"),
     Tool("mkfs.fat", "dosfstools", "dosfstools"),

@@ -7,8 +7,9 @@ import re
 import shutil
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from provision.rehearsal import qemu, tools
 QMP_WAIT_S = 20
 BOOT_WAIT_S = 400  # four times an emulated boot on two quiet cores
 SAVE_WAIT_S = 300
+TPM_WAIT_S = 5
+TPM_STATE = Path("tpm")  # in the machine's folder
 
 # Words on the serial console after which nobody will answer on the network any more.
 DEAD_ENDS = re.compile(
@@ -29,18 +32,21 @@ DEAD_ENDS = re.compile(
 class Vm:
     """One machine in a folder: its disks, its firmware's variables and its logs outlive a run.
 
-    `ssh_port` is a free port of the host's loopback that leads to the guest's port 22.
+    `ssh_port` of the loopback address `ssh_address` leads to the guest's port 22; by default a free one.
     """
 
     def __init__(self, folder: Path, hardware: qemu.Hardware, medium: Path, *, ssh_port: int = 0) -> None:
         self.folder = folder
         self.hardware = hardware
         self.medium = medium
+        self.ssh_address = qemu.LOOPBACK
         self.ssh_port = ssh_port or free_port()
         self.serial_log = folder / "serial.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.watched_from = 0  # bytes of the serial log that belong to earlier starts
         self.qmp: Qmp | None = None
+        self.console: socket.socket | None = None
+        self.tpm: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         self.lock: int | None = None
 
@@ -48,8 +54,9 @@ class Vm:
         return tuple(self.folder / f"{disk.serial}.qcow2" for disk in self.hardware.disks)
 
     def blank(self) -> None:
-        """New empty disks, new firmware variables, empty logs."""
+        """New empty disks, new firmware variables, a new TPM, empty logs."""
         self.claim()
+        shutil.rmtree(self.folder / TPM_STATE, ignore_errors=True)
         shutil.copy(tools.firmware()[1], self.folder / "variables.fd")
         self.serial_log.write_bytes(b"")
         for disk, path in zip(self.hardware.disks, self.disk_paths(), strict=True):
@@ -72,8 +79,24 @@ class Vm:
             ) from None
         self.lock = lock
 
-    def start(self, *, first: Literal["disk", "medium"] = "disk", restore: Path | None = None) -> None:
-        """Power on, or go on from a saved state in the folder `restore` (with disks as they were then)."""
+    def start(
+        self,
+        *,
+        first: Literal["disk", "medium"] = "disk",
+        restore: Path | None = None,
+        without: Collection[str] = (),
+        reversed_disks: bool = False,
+        seed: Path | None = None,
+    ) -> None:
+        """Power on, or go on from a saved state in the folder `restore` (with disks as they were then).
+
+        `without`: serials of disks that died. `reversed_disks`: the kernel names them the other way round.
+        `seed`: an image, attached read-only as one more drive.
+        """
+        if unknown := set(without) - {disk.serial for disk in self.hardware.disks}:
+            raise ProvisionError(f"The machine has no disk {', '.join(sorted(unknown))}.")
+        if restore and (without or reversed_disks or seed):
+            raise ProvisionError("A saved state wants the hardware that it was saved with.")
         self.claim()
         if restore:
             shutil.copy(restore / "variables.fd", self.folder / "variables.fd")
@@ -85,21 +108,24 @@ class Vm:
             serial_log=self.serial_log,
             serial_socket=Path("serial.sock"),  # relative: the path of a socket may have 107 bytes only
             qmp_socket=Path("qmp.sock"),
+            seed=seed and seed.resolve(),
         )
         self.watched_from = self.serial_log.stat().st_size if self.serial_log.exists() else 0
         argv = qemu.arguments(
-            self.hardware, files, ssh_port=self.ssh_port, first=first, restore=restore and restore / "state"
+            self.hardware,
+            files,
+            ssh_port=self.ssh_port,
+            ssh_address=self.ssh_address,
+            first=first,
+            restore=restore and restore / "state",
+            without=without,
+            reversed_disks=reversed_disks,
         )
+        if self.hardware.tpm:
+            self.start_tpm(files.tpm_socket)
         qmp_socket = self.folder / files.qmp_socket
         qmp_socket.unlink(missing_ok=True)
-        with (self.folder / "qemu.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                tools.bound(["nice", "-n", "5", *argv]),
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+        self.process = self.spawn(["nice", "-n", "5", *argv])
         wait_until(qmp_socket.exists, self.check, QMP_WAIT_S, "QEMU's control socket")
         self.qmp = Qmp(qmp_socket)
         if first == "medium":  # as from a boot menu: this once; QEMU reads the order again at the next reset
@@ -109,6 +135,28 @@ class Vm:
         if restore:
             wait_until(lambda: self.status() != "inmigrate", self.check, SAVE_WAIT_S, "the saved state")
             self.qmp.command("cont")
+
+    def start_tpm(self, tpm_socket: Path) -> None:
+        """The TPM of this machine, as it was when the machine was last on."""
+        (self.folder / TPM_STATE).mkdir(exist_ok=True)
+        (self.folder / tpm_socket).unlink(missing_ok=True)
+        tpm = self.tpm = self.spawn(qemu.tpm_arguments(tpm_socket, TPM_STATE))
+
+        def check() -> None:
+            if (status := tpm.poll()) is not None:
+                log = self.folder / "qemu.log"
+                raise ProvisionError(
+                    f"swtpm ended with status {status}:\n{tools.last_lines(log)}", f"See {log}"
+                )
+
+        wait_until((self.folder / tpm_socket).exists, check, QMP_WAIT_S, "the TPM's socket")
+
+    def spawn(self, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+        """A child in the machine's folder that ends with this process; what it says goes to qemu.log."""
+        with (self.folder / "qemu.log").open("ab") as log:
+            return subprocess.Popen(
+                tools.bound(argv), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
 
     def status(self) -> str:
         assert self.qmp, "not started"
@@ -154,7 +202,44 @@ class Vm:
 
     def wait_for_ssh(self, deadline_s: float = BOOT_WAIT_S) -> None:
         """Until a server on the guest's port 22 says SSH; fails at once on a dead end."""
-        wait_until(lambda: says_ssh(self.ssh_port), self.check, deadline_s, f"SSH on port {self.ssh_port}")
+        where = f"SSH at {self.ssh_address}:{self.ssh_port}"
+        wait_until(lambda: says_ssh(self.ssh_address, self.ssh_port), self.check, deadline_s, where)
+
+    def wait_for_console(self, pattern: str, deadline_s: float = BOOT_WAIT_S) -> re.Match[bytes]:
+        """Until the console said it since the last start, by regular expression; fails at once on a dead end."""
+        wanted = re.compile(pattern.encode())
+        wait_until(
+            lambda: wanted.search(self.serial_bytes()) is not None,
+            self.check,
+            deadline_s,
+            f"{pattern!r} on the console",
+        )
+        found = wanted.search(self.serial_bytes())
+        assert found
+        return found
+
+    def console_send(self, text: str) -> None:
+        """Type at the console: a line ends with `\\n`. Wait for its prompt first: what comes early may be lost."""
+        if self.console is None:
+            self.console = connect(self.folder / "serial.sock")
+            threading.Thread(target=drain, args=(self.console,), daemon=True).start()
+        self.console.sendall(text.encode())
+
+    def answer_at(self, address: str, port: int = 0) -> None:
+        """From now on the guest's SSH answers at another loopback address, as after DHCP gave it another.
+
+        At the old one nobody answers any more; connections that stand are kept. Port 0: the same port.
+        """
+        assert self.qmp, "not started"
+        new = port or self.ssh_port
+        for command in (
+            f"hostfwd_remove {qemu.NETWORK} {qemu.forward(self.ssh_address, self.ssh_port)}",
+            f"hostfwd_add {qemu.NETWORK} {qemu.forward(address, new)}-:22",
+        ):
+            said = self.qmp.command("human-monitor-command", **{"command-line": command})["value"].strip()
+            if said and "removed" not in said:  # the monitor has no status, only words
+                raise ProvisionError(f"QEMU says to `{command}`: {said}")
+        self.ssh_address, self.ssh_port = address, new
 
     @property
     def running(self) -> bool:
@@ -166,6 +251,16 @@ class Vm:
             self.process.kill()
             self.process.wait()
             self.process = None
+        if self.tpm is not None:
+            try:
+                self.tpm.wait(TPM_WAIT_S)  # by itself: it has lost QEMU
+            except subprocess.TimeoutExpired:
+                self.tpm.kill()
+                self.tpm.wait()
+            self.tpm = None
+        if self.console is not None:
+            self.console.close()
+            self.console = None
         if self.qmp is not None:
             self.qmp.close()
             self.qmp = None
@@ -178,23 +273,8 @@ class Qmp:
     """QEMU's control channel: one JSON object a line, an answer to each command, events between."""
 
     def __init__(self, path: Path) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket = connect(path)
         self.socket.settimeout(QMP_WAIT_S)
-        deadline = time.monotonic() + QMP_WAIT_S
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            while True:  # the path appears a moment before QEMU listens
-                try:
-                    self.socket.connect(
-                        f"/proc/self/fd/{folder}/{path.name}"
-                    )  # short, wherever the folder is
-                    break
-                except ConnectionRefusedError:
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.05)
-        finally:
-            os.close(folder)
         self.lines = self.socket.makefile("r")
         self.lines.readline()
         self.command("qmp_capabilities")
@@ -216,6 +296,34 @@ class Qmp:
         self.socket.close()
 
 
+def connect(path: Path) -> socket.socket:
+    """To a socket of QEMU's, wherever it lies: its path may be longer than the 107 bytes that sockets allow."""
+    channel = socket.socket(socket.AF_UNIX)
+    deadline = time.monotonic() + QMP_WAIT_S
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        while True:  # the path appears a moment before QEMU listens
+            try:
+                channel.connect(f"/proc/self/fd/{folder}/{path.name}")
+                return channel
+            except ConnectionRefusedError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+    except OSError:
+        channel.close()
+        raise
+    finally:
+        os.close(folder)
+
+
+def drain(channel: socket.socket) -> None:
+    """Read and drop: QEMU writes the console's log itself, and would stop the guest where nobody reads."""
+    with suppress(OSError):
+        while channel.recv(4096):
+            pass
+
+
 def wait_until(done: Callable[[], bool], check: Callable[[], None], deadline_s: float, what: str) -> None:
     """Poll `done`; `check` may raise sooner than the deadline does."""
     deadline = time.monotonic() + deadline_s
@@ -226,14 +334,14 @@ def wait_until(done: Callable[[], bool], check: Callable[[], None], deadline_s: 
         time.sleep(0.1)
 
 
-def says_ssh(port: int) -> bool:
+def says_ssh(address: str, port: int) -> bool:
     """One look, 3 s at most: QEMU accepts the connection long before the guest does."""
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=3) as connection:
+    with suppress(OSError), socket.create_connection((address, port), timeout=3) as connection:
         return connection.recv(8).startswith(b"SSH-")
     return False
 
 
 def free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((qemu.LOOPBACK, 0))
         return int(probe.getsockname()[1])

@@ -9,7 +9,9 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -324,4 +326,65 @@ def test_a_console_that_leads_nowhere_is_an_error_at_once(tmp_path: Path, consol
             log.write(b"BdsDxe: loading Boot0001\r\n" + console)
         with pytest.raises(ProvisionError, match="does not come up"):
             machine.check()
+        process.kill()
+
+
+def test_disks_of_every_bus_one_dead_and_the_others_swapped() -> None:
+    disks = (
+        qemu.Disk("A"),
+        qemu.Disk("B", bus="sata"),
+        qemu.Disk("C", bus="nvme"),
+        qemu.Disk("D", bus="sata"),
+    )
+    paths = [Path(f"/{disk.serial}.qcow2") for disk in disks]
+
+    def devices(**options: Any) -> list[str]:
+        return [word for word in qemu.disk_arguments(disks, paths, **options) if "serial=" in word]
+
+    assert devices() == [
+        "virtio-blk-pci,drive=disk0,serial=A,bootindex=1",
+        "ide-hd,bus=ide.0,drive=disk1,serial=B,bootindex=2",
+        "nvme,drive=disk2,serial=C,bootindex=3",
+        "ide-hd,bus=ide.1,drive=disk3,serial=D,bootindex=4",
+    ]
+    assert devices(without=["A", "C"], reversed_disks=True) == [
+        "ide-hd,bus=ide.0,drive=disk3,serial=D,bootindex=4",
+        "ide-hd,bus=ide.1,drive=disk1,serial=B,bootindex=2",
+    ]
+
+
+def test_a_seed_is_a_drive_behind_the_disks_and_a_tpm_is_another_process(tmp_path: Path) -> None:
+    hardware = qemu.Hardware((qemu.Disk("S1"),), qemu.TCG, tpm=True)
+    parts = replace(files(tmp_path), seed=Path("/a,b.iso"))
+    argv = qemu.arguments(hardware, parts, ssh_port=22, ssh_address="127.0.0.9", first="disk", restore=None)
+    serials = [word.split("serial=")[1].split(",")[0] for word in argv if "serial=" in word]
+    assert serials == ["MEDIUM", "S1", "SEED"]
+    assert "if=none,id=seed,format=raw,readonly=on,file=/a,,b.iso" in argv
+    assert "user,id=net,hostfwd=tcp:127.0.0.9:22-:22" in argv
+    assert "tpm-crb,tpmdev=tpm0" in argv
+    assert f"socket,id=tpm,path={parts.tpm_socket}" in argv
+    assert f"type=unixio,path={parts.tpm_socket}" in qemu.tpm_arguments(parts.tpm_socket, Path("tpm"))
+
+
+def test_disks_that_are_not_there_cannot_die(tmp_path: Path) -> None:
+    machine = vm.Vm(
+        tmp_path, qemu.Hardware((qemu.Disk("S1"),), qemu.TCG), tmp_path / "medium.img", ssh_port=1
+    )
+    with pytest.raises(ProvisionError, match="no disk S2"):
+        machine.start(without=["S2"])
+    with pytest.raises(ProvisionError, match="wants the hardware"):
+        machine.start(without=["S1"], restore=tmp_path)
+
+
+def test_the_console_is_read_from_the_last_start_on(tmp_path: Path) -> None:
+    machine = vm.Vm(tmp_path, qemu.Hardware((), qemu.TCG), tmp_path / "medium.img", ssh_port=1)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        machine.process = process
+        machine.serial_log.write_bytes(b"Please enter passphrase for disk root: ")
+        machine.watched_from = machine.serial_log.stat().st_size
+        with pytest.raises(ProvisionError, match="in vain for 'passphrase for"):
+            machine.wait_for_console("passphrase for (.*):", deadline_s=0.2)
+        with machine.serial_log.open("ab") as log:
+            log.write(b"Please enter passphrase for disk home: ")
+        assert machine.wait_for_console("passphrase for disk (.*):", deadline_s=5)[1] == b"home"
         process.kill()
