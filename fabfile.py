@@ -1,20 +1,15 @@
 """The tasks: load, gather, plan, show, apply. `fab --list` names them, `fab --help TASK` explains one."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from fabric import Connection
 from fabric.main import program
 from invoke.context import Context
-from invoke.exceptions import Exit
 from invoke.tasks import task
 
 from provision import fetch, flow, inspection, jobs
 from provision.apply import gather_facts
-from provision.errors import ProvisionError
-from provision.host import Host, connect
-from provision.machine import Machine, keep_address, known_machines, load_machine, machines_folder
+from provision.console import dial, load, named, pins, readable
+from provision.machine import machines_folder
 from provision.parallel import Executor, screen
 from provision.system.disk import describe_disks
 
@@ -24,55 +19,6 @@ REACH = {
     "fingerprint": "of the ISO's host key, SHA256:…, as `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` shows it on its console",
     "address": "where the machine answers now; kept in machines/NAME.local.toml",
 }
-
-
-@contextmanager
-def readable() -> Iterator[None]:
-    """Errors as one message and exit code 1; Ctrl-C as 130."""
-    try:
-        yield
-    except ProvisionError as error:
-        raise Exit(f"\nerror: {error.message}" + (f"\n{error.hint}" if error.hint else ""), 1) from None
-    except KeyboardInterrupt:
-        raise Exit(
-            "\nStopped watching. What was begun on the host goes on; the same command follows it again.", 130
-        ) from None
-
-
-def named(c: Context) -> str:
-    """What -H says. Without -H Fabric would run everything on this computer: refused."""
-    if not isinstance(c, Connection):
-        known = (
-            f"Machines in {machines_folder()}: {', '.join(known_machines(machines_folder())) or 'none yet'}"
-        )
-        raise ProvisionError("No machine was named.", f"fab -H NAME …   {known}")
-    if c.config.run.dry:
-        raise ProvisionError(
-            "--dry would skip reads too, and so show nothing true.", f"Use: fab -H {c.host} plan"
-        )
-    return str(c.original_host)  # and not c.host, which ~/.ssh/config may have replaced by an address
-
-
-def load(c: Context, address: str = "", need_disk: bool = True) -> Machine:
-    machine = load_machine(named(c), machines_folder(), need_disk=need_disk)
-    return keep_address(machine, machines_folder(), address) if address else machine
-
-
-def pins() -> Path:
-    return machines_folder() / "known_hosts"
-
-
-def dial(c: Connection, machine: Machine, fingerprint: str = "") -> Host:
-    """The machine's Host, with the password and keys that fab was given."""
-    key_files = c.connect_kwargs.get("key_filename") or []
-    return connect(
-        machine,
-        pins(),
-        fingerprint=fingerprint,
-        password=c.connect_kwargs.get("password") or "",
-        key_files=[key_files] if isinstance(key_files, str) else key_files,
-        confirm=screen().confirm,
-    )
 
 
 @task(help={"wipe": WIPE, **REACH})

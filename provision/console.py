@@ -1,0 +1,68 @@
+"""Between fab's command line and the library: which machine is meant, how to reach it, how an error is told."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fabric import Connection
+from invoke.context import Context
+from invoke.exceptions import Exit
+
+from provision.errors import ProvisionError
+from provision.host import Host, connect
+from provision.machine import Machine, keep_address, known_machines, load_machine, machines_folder
+from provision.parallel import screen
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Errors as one message and exit code 1; Ctrl-C as 130."""
+    try:
+        yield
+    except ProvisionError as error:
+        raise Exit(f"\nerror: {error.message}" + (f"\n{error.hint}" if error.hint else ""), 1) from None
+    except KeyboardInterrupt:
+        raise Exit(
+            "\nStopped watching. What was begun on the host goes on; the same command follows it again.", 130
+        ) from None
+
+
+def named(c: Context) -> str:
+    """What -H says. Without -H Fabric would run everything on this computer: refused."""
+    if not isinstance(c, Connection):
+        known = (
+            f"Machines in {machines_folder()}: {', '.join(known_machines(machines_folder())) or 'none yet'}"
+        )
+        raise ProvisionError("No machine was named.", f"fab -H NAME …   {known}")
+    if c.config.run.dry:
+        raise ProvisionError(
+            "--dry would skip reads too, and so show nothing true.", f"Use: fab -H {c.host} plan"
+        )
+    return str(c.original_host)  # and not c.host, which ~/.ssh/config may have replaced by an address
+
+
+def load(c: Context, address: str = "", need_disk: bool = True) -> Machine:
+    machine = load_machine(named(c), machines_folder(), need_disk=need_disk)
+    return keep_address(machine, machines_folder(), address) if address else machine
+
+
+def pins() -> Path:
+    return machines_folder() / "known_hosts"
+
+
+def dial(c: Connection, machine: Machine, fingerprint: str = "") -> Host:
+    """The machine's Host, with the password and keys that fab was given."""
+    return connect(
+        machine,
+        pins(),
+        fingerprint=fingerprint,
+        password=c.connect_kwargs.get("password") or "",
+        key_files=key_files(c.connect_kwargs),
+        confirm=screen().confirm,
+    )
+
+
+def key_files(connect_kwargs: dict[str, object]) -> list[str]:
+    """What `-i` named."""
+    given = connect_kwargs.get("key_filename") or []
+    return [given] if isinstance(given, str) else list(given)  # type: ignore[call-overload]
