@@ -11,7 +11,7 @@ from provision.apply import gather_facts
 from provision.console import dial, load, named, pins, readable
 from provision.machine import machines_folder
 from provision.parallel import Executor, screen
-from provision.system.disk import describe_disks
+from provision.system.inventory import describe_disks
 
 program.executor_class = Executor  # several machines at once, and one that fails does not stop the others
 WIPE = "serial of the disk that may lose all it holds; of several machines: S1,S2, each for its own disk only"

@@ -12,7 +12,7 @@ from provision.machine import Machine
 from provision.secrets import Prompt, ask_person, reveal
 from provision.steps import SECRETS, Plan, make_plan, parse_probes, render_apply, render_probes, secret_file
 from provision.system import system
-from provision.system.disk import MOUNT, layout
+from provision.system.layout import MOUNT, layout
 from provision.system.network import HOST_KEY
 
 UNIT = "metal-apply"

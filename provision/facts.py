@@ -23,6 +23,15 @@ holdings() {  # the device's partitions, file systems, labels and identities; wi
 PROBE = (
     HOLDINGS
     + r"""
+used_bytes() {  # DEVICE KIND: bytes in use, read from the file system's own records, without mounting it
+  case $2 in
+    ext*) dumpe2fs -h "$1" | awk -F': *' '/^Block count/ {n=$2} /^Free blocks/ {f=$2} /^Block size/ {s=$2} END {printf "%.0f", (n-f)*s}' ;;
+    btrfs) btrfs inspect-internal dump-super "$1" | awk '$1 == "bytes_used" {print $2}' ;;
+    xfs) xfs_db -r -c 'sb 0' -c 'print dblocks fdblocks blocksize' "$1" |
+      awk '{v[$1]=$3} END {printf "%.0f", (v["dblocks"]-v["fdblocks"])*v["blocksize"]}' ;;
+    ntfs) ntfsinfo --mft "$1" | awk -F': *' '/Cluster Size/ {s=$2} /Volume Size in Clusters/ {n=$2} /Free Clusters/ {f=$2+0} END {printf "%.0f", (n-f)*s}' ;;
+  esac
+}
 section() { printf '\n@%s\n' "$1"; }
 section system
 if [[ -d /run/archiso ]] && grep -q archisobasedir /proc/cmdline; then echo live
@@ -46,13 +55,22 @@ section kernel; uname -r
 section cpu; awk -F': *' '/^vendor_id/ {print $2; exit}' /proc/cpuinfo
 section cpu_model; awk -F': *' '/^model name/ {print $2; exit}' /proc/cpuinfo
 section memory; awk '/^MemTotal/ {print $2}' /proc/meminfo
-section root; findmnt --noheadings --output PARTUUID / || true
+section root
+lsblk --inverse --noheadings --raw --output PARTUUID "$(findmnt --nofsroot --noheadings --output SOURCE /)" 2>/dev/null || true
 section medium
 if source=$(findmnt --noheadings --output SOURCE /run/archiso/bootmnt 2>/dev/null); then
   lsblk --inverse --noheadings --raw --paths --output NAME,TYPE "$source" | awk '$2 == "disk" {print $1}'
 fi
 section lsblk
-lsblk --json --bytes --paths --output NAME,TYPE,SIZE,SERIAL,MODEL,RO,FSTYPE,LABEL,PARTTYPE,PARTUUID,PARTLABEL,MOUNTPOINTS
+lsblk --json --bytes --paths --output NAME,TYPE,SIZE,SERIAL,MODEL,RO,FSTYPE,LABEL,UUID,PARTTYPE,PARTUUID,PARTLABEL,MOUNTPOINTS
+section by_id; find /dev/disk/by-id -type l -printf '%f %l\n' 2>/dev/null || true
+section used
+if [[ -d /run/archiso ]]; then
+  lsblk --raw --noheadings --paths --output NAME,FSTYPE | sort -u | while read -r device kind; do
+    used=$(used_bytes "$device" "$kind" 2>/dev/null) && [[ $used ]] && printf '%s %s\n' "$device" "$used"
+  done
+fi
+section tpm; cat /sys/class/tpm/tpm0/tpm_version_major 2>/dev/null || true
 section holdings
 for disk in $(lsblk --nodeps --noheadings --raw --paths --output NAME,TYPE | awk '$2 == "disk" {print $1}'); do
   printf '%s %s\n' "$disk" "$(holdings "$disk" | sha256sum | cut -d' ' -f1)"
@@ -89,6 +107,8 @@ class Partition:
     uuid: str  # the partition's own (PARTUUID), lower case
     name: str  # the partition's name in the GPT (PARTLABEL)
     mounted_at: tuple[str, ...]
+    filesystem_uuid: str = ""
+    used_bytes: int | None = None  # None where it cannot be told without mounting it
 
 
 @dataclass(frozen=True)
@@ -100,9 +120,17 @@ class Disk:
     read_only: bool
     filesystem: str  # of the disk itself, where it has no partition table
     partitions: tuple[Partition, ...]
-    in_use: tuple[str, ...]  # mount points, "[SWAP]", and device-mapper, md or LVM devices on it
+    mounted: tuple[str, ...]  # mount points of anything on it, and "[SWAP]"
+    stacked: tuple[str, ...]  # device-mapper, md and LVM devices on it
     is_medium: bool  # the install ISO runs from it
     holdings: str  # sha256 of what is on it: see HOLDINGS
+    names: tuple[str, ...] = ()  # in /dev/disk/by-id
+    filesystem_uuid: str = ""
+    used_bytes: int | None = None
+
+    @property
+    def in_use(self) -> tuple[str, ...]:
+        return (*self.mounted, *self.stacked)
 
     @property
     def is_blank(self) -> bool:
@@ -131,11 +159,12 @@ class Facts:
     cpu_vendor: str
     cpu_model: str
     memory_bytes: int
-    root_partition: str  # PARTUUID of what / is on; "" where it is not a partition
+    root_partitions: tuple[str, ...]  # PARTUUIDs of the partitions that / lies on
     disks: tuple[Disk, ...]
     gpus: tuple[GpuSeen, ...]
     nics: tuple[tuple[str, str], ...]  # (name, MAC address)
     screens: tuple[Screen, ...]
+    tpm: int  # its version, 1 or 2; 0 where there is none
 
 
 def parse_facts(text: str) -> Facts:
@@ -147,7 +176,12 @@ def parse_facts(text: str) -> Facts:
     system = one["system"]
     if system not in ("live", "installed"):
         system = "other"
-    holdings = dict(line.split() for line in found["holdings"])
+    seen = Seen(
+        medium=frozenset(found["medium"]),
+        holdings=dict(map(str.split, found["holdings"])),
+        names=parse_names(found["by_id"]),
+        used_bytes={device: int(used) for device, used in map(str.split, found["used"])},
+    )
     return Facts(
         system=system,  # type: ignore[arg-type]
         owner=one["owner"],
@@ -163,14 +197,15 @@ def parse_facts(text: str) -> Facts:
         cpu_vendor=one["cpu"],
         cpu_model=one["cpu_model"],
         memory_bytes=int(one["memory"]) * 1024,
-        root_partition=one["root"].lower(),
-        disks=tuple(parse_disks(json.loads("\n".join(found["lsblk"])), found["medium"], holdings)),
+        root_partitions=tuple(line.lower() for line in found["root"]),
+        disks=tuple(parse_disks(json.loads("\n".join(found["lsblk"])), seen)),
         gpus=tuple(GpuSeen(slot, int(device, 16)) for slot, device in map(str.split, found["gpus"])),
         nics=tuple((name, mac) for name, mac in map(str.split, found["nics"])),
         screens=tuple(
             parse_screen(connector, base64.b64decode(edid))
             for connector, _, edid in (line.partition(" ") for line in found["screens"])
         ),
+        tpm=int(one["tpm"] or 0),
     )
 
 
@@ -185,7 +220,27 @@ def split_sections(text: str) -> dict[str, list[str]]:
     return found
 
 
-def parse_disks(tree: dict[str, Any], medium: Sequence[str], holdings: dict[str, str]) -> Iterator[Disk]:
+@dataclass(frozen=True)
+class Seen:
+    """What other sections say of the devices that lsblk lists, by path."""
+
+    medium: frozenset[str]
+    holdings: dict[str, str]
+    names: dict[str, tuple[str, ...]]
+    used_bytes: dict[str, int]
+
+
+def parse_names(lines: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Device → its names in /dev/disk/by-id, out of lines `NAME ../../DEVICE`."""
+    found: dict[str, tuple[str, ...]] = {}
+    for line in sorted(lines):
+        name, _, place = line.rpartition(" ")
+        path = f"/dev/{place.rpartition('/')[2]}"
+        found[path] = (*found.get(path, ()), name)
+    return found
+
+
+def parse_disks(tree: dict[str, Any], seen: Seen) -> Iterator[Disk]:
     """Disks of `lsblk --json`; loop devices, optical drives and zram are left out."""
     for node in tree["blockdevices"]:
         if node["type"] != "disk" or node["name"].startswith("/dev/zram"):
@@ -198,14 +253,18 @@ def parse_disks(tree: dict[str, Any], medium: Sequence[str], holdings: dict[str,
             size_bytes=int(node["size"]),
             read_only=bool(node["ro"]),
             filesystem=node["fstype"] or "",
-            partitions=tuple(parse_partition(child) for child in children if child["type"] == "part"),
-            in_use=tuple(uses(node)),
-            is_medium=node["name"] in medium,
-            holdings=holdings.get(node["name"], ""),
+            partitions=tuple(parse_partition(child, seen) for child in children if child["type"] == "part"),
+            mounted=tuple(dict.fromkeys(mounts(node))),
+            stacked=tuple(dict.fromkeys(stacked(node))),
+            is_medium=node["name"] in seen.medium,
+            holdings=seen.holdings.get(node["name"], ""),
+            names=seen.names.get(node["name"], ()),
+            filesystem_uuid=node["uuid"] or "",
+            used_bytes=seen.used_bytes.get(node["name"]),
         )
 
 
-def parse_partition(node: dict[str, Any]) -> Partition:
+def parse_partition(node: dict[str, Any], seen: Seen) -> Partition:
     return Partition(
         path=node["name"],
         size_bytes=int(node["size"]),
@@ -215,13 +274,21 @@ def parse_partition(node: dict[str, Any]) -> Partition:
         uuid=(node["partuuid"] or "").lower(),
         name=node["partlabel"] or "",
         mounted_at=tuple(mount for mount in node["mountpoints"] if mount),
+        filesystem_uuid=node["uuid"] or "",
+        used_bytes=seen.used_bytes.get(node["name"]),
     )
 
 
-def uses(node: dict[str, Any]) -> Iterator[str]:
-    """What keeps a device busy: mounts, swap, and devices stacked on it."""
+def mounts(node: dict[str, Any]) -> Iterator[str]:
+    """Where a device and all that is stacked on it is mounted; "[SWAP]" for swap in use."""
     yield from (mount for mount in node["mountpoints"] if mount)
     for child in node.get("children", []):
+        yield from mounts(child)
+
+
+def stacked(node: dict[str, Any]) -> Iterator[str]:
+    """Devices made of this one: opened LUKS volumes, LVM, md arrays."""
+    for child in node.get("children", []):
         if child["type"] not in ("part", "disk"):
-            yield f"{child['name']} ({child['type']})"
-        yield from uses(child)
+            yield child["name"]
+        yield from stacked(child)

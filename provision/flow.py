@@ -1,6 +1,5 @@
 """`provision` from whatever state the host is in to a verified machine: plan, apply, probe again, reboot, go on."""
 
-import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -22,23 +21,17 @@ from provision.apply import (
 )
 from provision.dial import own_keys
 from provision.errors import ProvisionError
-from provision.facts import Facts
-from provision.find import elsewhere, reconnect_after_reboot
+from provision.facts import Disk, Facts
+from provision.find import BOOT_S, opener_for, reconnect_after_reboot, search_from
 from provision.host import Host
 from provision.machine import Machine, save_local, state_folder
+from provision.person import Ask, ask_person
 from provision.pins import parse_key, pin
 from provision.steps import render_plan
-from provision.system.disk import find_disk, would_lose
+from provision.system.disk import find_disks, losing, would_lose
+from provision.system.inventory import describe_disk
+from provision.system.layout import layout
 from provision.verify import Outcome, verify
-
-REBOOT_DEADLINE_S = 900  # firmware of large boards trains memory for minutes
-
-Ask = Callable[[str], str]
-
-
-def ask_person(question: str) -> str:
-    """A line typed by a person, "" where nobody sits there."""
-    return input(question).strip() if sys.stdin.isatty() else ""
 
 
 def show_plan(machine: Machine, host: Host, console: Console) -> None:
@@ -55,7 +48,14 @@ def show_plan(machine: Machine, host: Host, console: Console) -> None:
 
 
 def provision_machine(
-    machine: Machine, host: Host, pins: Path, wipe: str, console: Console, ask: Ask = ask_person
+    machine: Machine,
+    host: Host,
+    pins: Path,
+    wipe: str,
+    console: Console,
+    ask: Ask = ask_person,
+    *,
+    sweep: bool = False,
 ) -> Host:
     """Bring the machine to what its file says, from the live ISO or from an installation of ours.
 
@@ -71,12 +71,12 @@ def provision_machine(
         facts = converge(machine, facts, host, console, lambda: authorise_wipe(machine, facts, wipe, ask))
         pin(pins, machine.name, read_host_key(host))
         unmount_target(host)
-        host = reboot_and_find(machine, host, pins, facts, console)
+        host = reboot_and_find(machine, host, pins, facts, console, ask, sweep=sweep)
         facts = gather_facts(host)
     facts = converge(machine, facts, host, console, lambda: None)
     if facts.reboot and not facts.runs:
         console.print("; ".join(facts.reboot))
-        host = reboot_and_find(machine, host, pins, facts, console)
+        host = reboot_and_find(machine, host, pins, facts, console, ask, sweep=sweep)
     has_gpu = bool(facts.gpus) and machine.gpu.driver != "none"
     show_outcomes(machine, verify(machine, host, has_gpu), console)
     return host
@@ -93,19 +93,36 @@ def demand_way_in(machine: Machine, host: Host) -> None:
         )
 
 
-def reboot_and_find(machine: Machine, host: Host, pins: Path, facts: Facts, console: Console) -> Host:
-    """Reboot, and wait for the installed system, known by its pinned key and a new boot id."""
+def reboot_and_find(
+    machine: Machine, host: Host, pins: Path, facts: Facts, console: Console, ask: Ask, *, sweep: bool
+) -> Host:
+    """Reboot, and wait for the installed system: its pinned key, a new boot id, / on the disk that is the machine's.
+
+    `sweep`: its subnet may be looked through without asking anybody.
+    """
+    opener = opener_for(machine)
     console.print("Rebooting.")
     reboot(host)
     host.close()
     with console.status("waiting for the machine") as status:
+
+        def answer(question: str, within_s: float | None = None, /) -> str:
+            status.stop()  # or it would draw over what is typed
+            try:
+                return ask(question, within_s)
+            finally:
+                status.start()
+
+        search = search_from(machine, host, [mac for _, mac in facts.nics], answer, unasked=sweep)
         found = reconnect_after_reboot(
             machine,
             pins,
             facts.boot_id,
-            deadline_s=REBOOT_DEADLINE_S,
+            deadline_s=BOOT_S,
+            roots=layout(machine).roots,
+            opener=opener,
+            search=search,
             key_files=host.wanted.key_files,
-            others=lambda: elsewhere(machine, [mac for _, mac in facts.nics]),
             on_wait=lambda text: status.update(escape(text)),
         )
     console.print(f"Found again at {found.address}, by the host key that it was given.")
@@ -117,20 +134,36 @@ def reboot_and_find(machine: Machine, host: Host, pins: Path, facts: Facts, cons
 
 def authorise_wipe(machine: Machine, facts: Facts, wipe: str, ask: Ask) -> None:
     """Return only where nothing is lost, or where a person gave the serial of the very disk that loses it."""
-    serial = find_disk(machine, facts).serial
-    if wipe and wipe != serial:
+    known = [known_as(machine, seen) for seen in find_disks(machine, facts)]
+    given = [serial.strip() for serial in wipe.split(",") if serial.strip()]
+    if strange := [serial for serial in given if not any(serial in names for names in known)]:
+        serials = " and ".join(names[0] for names in known)
         raise ProvisionError(
-            f"--wipe={wipe} is not the disk of machine '{machine.name}', whose serial is {serial}.",
+            f"--wipe={strange[0]} is not the disk of machine '{machine.name}', whose serial is {serials}.",
             "Nothing was changed.",
         )
-    loss = would_lose(machine, facts)
-    if not loss or wipe == serial:
-        return
-    if ask(f"This would be lost:\n{loss}\nType the disk's serial to wipe it: ") != serial:
+    unasked = [seen for seen in losing(machine, facts) if not set(given) & set(known_as(machine, seen))]
+    for seen in list(unasked):
+        if ask(
+            f"This would be lost:\n{describe_disk(seen)}\nType the disk's serial to wipe it: "
+        ) in known_as(machine, seen):
+            unasked.remove(seen)
+    if unasked:
+        serials = ",".join(known_as(machine, seen)[0] for seen in losing(machine, facts))
         raise ProvisionError(
-            f"The disk holds something that is not ours; nothing was changed.\n{loss}",
-            f"If all of it may go: fab -H {machine.name} provision --wipe={serial}",
+            f"The disk holds something that is not ours; nothing was changed.\n{would_lose(machine, facts)}",
+            f"If all of it may go: fab -H {machine.name} provision --wipe={serials}",
         )
+
+
+def known_as(machine: Machine, seen: Disk) -> list[str]:
+    """What a person may call a disk of theirs: its serial, and what the machine file says."""
+    named = [
+        name
+        for name in (machine.disk.serial, machine.disk.mirror)
+        if name and name in (seen.serial, *seen.names)
+    ]
+    return [*filter(None, [seen.serial]), *named]
 
 
 def converge(

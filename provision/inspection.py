@@ -19,8 +19,8 @@ from provision.host import Host
 from provision.layers import render_value
 from provision.machine import Machine, at_address, is_key, load_stranger, save_local
 from provision.schema import DIRECTIVE, SCHEMA
-from provision.system.disk import describe_disk, gibibytes
 from provision.system.gpu import choose_driver, family
+from provision.system.inventory import describe_disk, gibibytes
 
 SSH_PORT = 22
 LEAST_BYTES = 16 * 2**30  # base system, driver and a Python environment with CUDA's libraries
@@ -89,7 +89,7 @@ def render_draft(
     for disk in facts.disks:
         lines += comment(describe_disk(disk) + why_not(disk, facts.disks))
     if found:
-        lines.append(f"serial = {render_value(found.serial)}")
+        lines += [f"serial = {render_value(found.serial)}", f"size_gib = {round(found.size_bytes / 2**30)}"]
     else:
         lines += [f"# Choose one: {count_candidates(facts.disks)}.", '# serial = ""']
     if keys:
@@ -146,10 +146,10 @@ def describe_gpus(facts: Facts) -> Iterator[str]:
     for gpu in facts.gpus:
         yield f"{gpu.slot}: 10de:{gpu.device:04x}, {family(gpu.device)}"
     try:
-        driver = choose_driver("auto", facts.gpus, "linux-lts")
+        driver = choose_driver("auto", facts.gpus, ("linux-lts",))
     except ProvisionError as error:
         yield error.message
-        yield 'driver = "none"   would install the machine without a GPU driver'
+        yield error.hint
         return
     if driver:
         yield f"auto means {' '.join(driver.packages)}: {driver.reason}"

@@ -456,6 +456,11 @@ def check_disks(disk: DiskWanted) -> Iterator[tuple[tuple[str, str], str]]:
             "disk.encryption is luks and disk.unlock says nothing: after every boot the machine would wait for a "
             "passphrase that nobody types. Expected tpm2, ssh, or console where somebody sits there",
         )
+    if disk.unlock == "ssh" and disk.mirror:
+        yield (
+            ("disk", "unlock"),
+            'disk.unlock = "ssh" opens one disk; with disk.mirror it may be tpm2 or console',
+        )
     if disk.encryption == "none" and (disk.unlock or disk.passphrase):
         yield ("disk", "encryption"), 'disk.unlock and disk.passphrase are for disk.encryption = "luks"'
     serials, folders = (

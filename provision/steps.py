@@ -191,9 +191,18 @@ def secret_file(secret: Secret) -> str:
     return f"{SECRETS}/{digest_of(secret)}"
 
 
-def Script(name: str, *, why: str, probe: str, script: str, expect: str = "yes", then: str = "") -> Step:
+def Script(
+    name: str,
+    *,
+    why: str,
+    probe: str,
+    script: str,
+    expect: str = "yes",
+    then: str = "",
+    secret: Secret | None = None,
+) -> Step:
     """Anything else: `probe` prints `expect` when it is done."""
-    return Step(name=name, why=why, probe=probe, expect=expect, script=script, then=then)
+    return Step(name=name, why=why, probe=probe, expect=expect, script=script, then=then, secret=secret)
 
 
 def merge_packages(steps: Iterable[Step]) -> list[Step]:

@@ -8,7 +8,7 @@ from provision.errors import ProvisionError
 from provision.host import Host
 from provision.machine import Machine
 from provision.steps import prelude
-from provision.system.disk import layout
+from provision.system.layout import layout
 from provision.system.python import ENVIRONMENT
 
 DEADLINE_S = 900  # importing torch takes most of a minute on an emulated processor
@@ -53,11 +53,13 @@ class Outcome:
 
 def checks(machine: Machine, has_gpu: bool) -> list[Check]:
     """What must hold on an installed machine. `has_gpu`: an NVIDIA driver was installed on it."""
-    root = layout(machine).root_uuid
+    roots = " ".join(sorted(layout(machine).roots))
     found = [
         Check(
             "root file system",
-            f"seen=$(findmnt --noheadings --output PARTUUID,SOURCE,FSTYPE /); echo $seen; [[ ${{seen,,}} == {root}* ]]",
+            "findmnt --noheadings --output SOURCE,FSTYPE,OPTIONS /\n"
+            'on=$(lsblk --inverse --noheadings --raw --output PARTUUID "$(findmnt --nofsroot --noheadings --output SOURCE /)")\n'
+            f'for root in {roots}; do ! grep -qix "$root" <<< "$on" || exit 0; done; exit 1',
             "It runs from another disk: check the firmware's boot order.",
         ),
         Check("fstab", "findmnt --verify | tail -n 1", "See findmnt --verify."),

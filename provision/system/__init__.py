@@ -20,21 +20,31 @@ from provision.system.base import (
     users,
 )
 from provision.system.boot import boot, initramfs
-from provision.system.disk import disk, find_disk, fstab, layout
-from provision.system.gpu import gpu, gpu_services
+from provision.system.crypt import encryption
+from provision.system.data import data, mount_data
+from provision.system.disk import disk, find_disks, fstab
+from provision.system.gpu import gpu, gpu_services, other_drivers
+from provision.system.layout import layout
 from provision.system.live import clock, live
+from provision.system.mirror import mirror
 from provision.system.network import network, sshd
 from provision.system.python import python
+from provision.system.swap import swap
 
 Concern = Callable[[Machine, Facts], Iterator[Step]]
 
 CONCERNS: tuple[Concern, ...] = (
     disk,
+    other_drivers,
     base,
     gpu,
     extra_packages,
     pacman,
+    encryption,
+    swap,
+    data,
     fstab,
+    mount_data,
     identity,
     language_and_time,
     users,
@@ -42,9 +52,27 @@ CONCERNS: tuple[Concern, ...] = (
     sshd,
     initramfs,
     boot,
+    mirror,
     gpu_services,
     python,
 )
+
+
+def check_layout(machine: Machine, facts: Facts) -> None:
+    """An installed system's disks cannot be laid out anew: refuse a machine file that asks for it."""
+    remedy = "Were [disk] settings changed after the installation? Put the old ones back, or install anew from the ISO."
+    if not layout(machine).roots & set(facts.root_partitions):
+        raise ProvisionError(
+            f"{facts.hostname} runs from partition {' '.join(facts.root_partitions) or '(none)'}, not from the root that we made "
+            f"on the disk with serial {machine.disk.serial}.",
+            remedy,
+        )
+    there = {part.uuid for disk in facts.disks for part in disk.partitions}
+    if missing := [part for part in layout(machine).parts if part.uuid not in there]:
+        names = ", ".join(f"{part.name} on {part.serial}" for part in missing)
+        raise ProvisionError(
+            f"{facts.hostname} lacks partitions that the machine file asks for: {names}.", remedy
+        )
 
 
 def system(machine: Machine, facts: Facts, now_s: int) -> list[Step]:
@@ -54,13 +82,9 @@ def system(machine: Machine, facts: Facts, now_s: int) -> list[Step]:
     ProvisionError for what must be refused before anything is changed.
     """
     check_machine(machine, facts)
-    find_disk(machine, facts)
-    if facts.system == "installed" and facts.root_partition != layout(machine).root_uuid:
-        raise ProvisionError(
-            f"{facts.hostname} runs from partition {facts.root_partition or '(none)'}, not from the root that we made on the "
-            f"disk with serial {machine.disk.serial}.",
-            "Was disk.serial changed after the installation? Put the old one back, or install anew from the ISO.",
-        )
+    find_disks(machine, facts)
+    if facts.system == "installed":
+        check_layout(machine, facts)
     steps = [*clock(machine, facts, now_s), *live(machine, facts)]
     for concern in CONCERNS:
         steps.extend(concern(machine, facts))

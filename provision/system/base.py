@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import PurePosixPath
 from shlex import join, quote
 
 from provision.errors import ProvisionError
@@ -19,8 +20,11 @@ from provision.steps import (
     Unit,
     User,
 )
+from provision.system.crypt import check_unlock
+from provision.system.layout import layout
 from provision.system.live import signatures
 
+DOWNLOADS = "var/cache/pacman/pkg"
 MICROCODE = {"GenuineIntel": "intel-ucode", "AuthenticAMD": "amd-ucode"}
 
 
@@ -36,6 +40,8 @@ def base(machine: Machine, facts: Facts) -> Iterator[Step]:
         "efibootmgr",
         why="boots",
     )
+    if machine.disk.filesystem == "btrfs":
+        yield Packages("btrfs-progs", why="checks and repairs the root, takes snapshots")
     if microcode := MICROCODE.get(facts.cpu_vendor):
         yield Packages(microcode, why=f"processor microcode for {facts.cpu_vendor}")
     yield Packages(
@@ -58,7 +64,13 @@ def bootstrap(packages: Step, machine: Machine) -> Step:
     BASE_COMPLETE is written last, after a sync: it cannot exist on an unfinished root.
     """
     keyring = "" if machine.mirror.signatures == "Never" else "-K "
-    kept = ["boot", "var", "var/cache", "var/cache/pacman", "var/cache/pacman/pkg", "var/cache/pacman/pkg/*"]
+    mounted = [mount.folder.lstrip("/") for mount in layout(machine).mounts if mount.folder != "/"]
+    folders = [
+        folder
+        for place in [*mounted, DOWNLOADS]
+        for folder in (place, *map(str, PurePosixPath(place).parents))
+    ]
+    kept = [*sorted({folder for folder in folders if folder != "."}), f"{DOWNLOADS}/*"]
     keep = " ".join(f'! -path "$root"/{quote(path) if "*" in path else path}' for path in kept)
     return replace(
         packages,
@@ -74,7 +86,7 @@ else
   }}
   find "$root" -xdev -mindepth 1 -depth {keep} -delete
   find "$root/boot" -mindepth 1 -delete
-  downloads=$(find "$root/var/cache/pacman/pkg" -type f -print -quit 2> /dev/null || true)
+  downloads=$(find "$root/{DOWNLOADS}" -type f -print -quit 2> /dev/null || true)
   install_base() {{ pacstrap {keyring}"$root" {join(packages.packages)} --noprogressbar; }}
   install_base || {{ [[ $downloads ]] && install_base; }}
   mkdir -p "$root"{BASE_COMPLETE.rpartition("/")[0]}
@@ -182,3 +194,4 @@ def check_machine(machine: Machine, facts: Facts) -> None:
             f"{facts.hostname} was booted by a BIOS; this installs systemd-boot, which needs UEFI.",
             "Switch the firmware to UEFI and turn legacy boot (CSM) off, boot the ISO again.",
         )
+    check_unlock(machine, facts)

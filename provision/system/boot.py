@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from provision.facts import Facts
 from provision.machine import Machine
 from provision.steps import File, Script, Step, Unit
-from provision.system.disk import layout
+from provision.system.layout import kernel_options, layout
 
 # Written out rather than left to the package's default: no `kms`, which would load nouveau before the NVIDIA
 # driver; `microcode` embeds the processor's update, so no initrd line of its own is needed.
 HOOKS = "base systemd autodetect microcode modconf keyboard sd-vconsole block filesystems fsck"
+
+
+def hooks(machine: Machine) -> str:
+    return HOOKS.replace("block", "block sd-encrypt") if machine.disk.encryption == "luks" else HOOKS
 
 
 def initramfs(machine: Machine, facts: Facts) -> Iterator[Step]:
@@ -22,20 +26,20 @@ def initramfs(machine: Machine, facts: Facts) -> Iterator[Step]:
     )
     yield File(
         "/etc/mkinitcpio.conf.d/10-metal.conf",
-        f"HOOKS=({HOOKS})\n",
+        f"HOOKS=({hooks(machine)})\n",
         why="how the initramfs finds the root",
         then=rebuild,
     )
 
 
 def boot(machine: Machine, facts: Facts) -> Iterator[Step]:
-    ids, kernels = layout(machine), machine.system.kernels
-    options = " ".join(filter(None, [f"root=PARTUUID={ids.root_uuid} rw", machine.system.cmdline]))
+    esp, kernels = layout(machine).esp, machine.system.kernels
+    options = " ".join(filter(None, [kernel_options(machine), machine.system.cmdline]))
     yield Script(
         "boot loader",
         why="systemd-boot with an entry in the firmware, and as the fallback path EFI/BOOT/BOOTX64.EFI",
         probe='cd "$root"/boot/EFI && [[ -s systemd/systemd-bootx64.efi && -s BOOT/BOOTX64.EFI ]] &&'
-        f" efibootmgr --verbose | grep -qi 'Linux Boot Manager.*{ids.esp_uuid}' && echo yes",
+        f" efibootmgr --verbose | grep -qi 'Linux Boot Manager.*{esp.uuid}' && echo yes",
         # From outside the chroot: inside, systemd >= 257 takes itself for a container and skips the EFI variables.
         script='bootctl --esp-path="$root"/boot install',
     )

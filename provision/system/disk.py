@@ -1,224 +1,296 @@
-"""Partitions and file systems of the one disk that the machine file names by its serial number.
+"""The disk that the machine file names, and its mirror: found, described, partitioned, formatted, mounted."""
 
-The partitions' own ids (PARTUUID) are computed from the machine's name and the disk's serial. So they are known
-before they exist: /etc/fstab and the boot entry name them, and a disk that carries them is ours, for this machine.
-"""
-
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from shlex import quote
 
 from provision.errors import ProvisionError
 from provision.facts import HOLDINGS, Disk, Facts
 from provision.machine import Machine
 from provision.steps import BASE_COMPLETE, File, Script, Step
+from provision.system.crypt import volumes
+from provision.system.data import data_mounts
+from provision.system.inventory import describe_contents, describe_disk, describe_disks, find_disk, gibibytes
+from provision.system.layout import MOUNT, SWAP_FILE, Layout, Part, layout, target
 
-# Discoverable Partitions Specification: https://uapi-group.org/specifications/specs/discoverable_partitions_specification/
-ESP_TYPE = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
-ROOT_TYPE = "4f68bce3-e8cd-4db1-96e7-fbcaf984b709"  # root, x86-64
-MOUNT = "/mnt"
-ESP_OPTIONS = "fmask=0077,dmask=0077"  # FAT keeps no modes: nobody but root may read the ESP
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Devices of the machine's two partitions, by the ids that we give them."""
-
-    esp_uuid: str
-    root_uuid: str
-
-    @property
-    def esp(self) -> str:
-        return f"/dev/disk/by-partuuid/{self.esp_uuid}"
-
-    @property
-    def root(self) -> str:
-        return f"/dev/disk/by-partuuid/{self.root_uuid}"
-
-    @property
-    def probe_mounts(self) -> tuple[tuple[str, str, str], ...]:
-        """How a probe looks into a half-installed disk: read-only, and without replaying the journal."""
-        return ((self.root, MOUNT, "ro,noload"), (self.esp, f"{MOUNT}/boot", f"ro,{ESP_OPTIONS}"))
+LEAST_BYTES = 4 * 2**30
 
 
-def layout(machine: Machine) -> Layout:
-    def partition(kind: str) -> str:
-        return str(
-            uuid.uuid5(uuid.NAMESPACE_URL, f"metal-to-model:{machine.name}:{machine.disk.serial}:{kind}")
-        )
-
-    return Layout(partition("esp"), partition("root"))
-
-
-def find_disk(machine: Machine, facts: Facts) -> Disk:
-    """The disk with the machine file's serial; ProvisionError unless there is exactly one that can be used."""
-    wanted = machine.disk.serial
-    matching = [disk for disk in facts.disks if disk.serial == wanted]
-    if not matching:
+def find_disks(machine: Machine, facts: Facts) -> tuple[Disk, ...]:
+    """The disk to install on, and the mirror where there is one; ProvisionError unless they can be used."""
+    disk = machine.disk
+    found = [find_disk(machine, facts, disk.serial, "disk.serial")]
+    if disk.size_gib and round(found[0].size_bytes / 2**30) != disk.size_gib:
         raise ProvisionError(
-            f"No disk with serial {wanted!r}, which disk.serial of machine '{machine.name}' names.\n"
-            f"Disks of the machine:\n{describe_disks(facts)}",
-            f"Put the right serial into the machine file, then: fab -H {machine.name} plan",
+            f"{found[0].path} (serial {disk.serial}) holds {gibibytes(found[0].size_bytes)}, and disk.size_gib of machine "
+            f"'{machine.name}' says {disk.size_gib}.",
+            f"Is it the disk that you mean? If so, correct the machine file, then: fab -H {machine.name} plan",
         )
-    if len(matching) > 1:
-        paths = ", ".join(disk.path for disk in matching)
-        raise ProvisionError(
-            f"Serial {wanted!r} belongs to {len(matching)} disks: {paths}. Which one is meant cannot be told."
-        )
-    disk = matching[0]
-    if disk.is_medium:
-        raise ProvisionError(
-            f"{disk.path} (serial {wanted}) is the install medium itself.", "Name another disk."
-        )
-    if disk.read_only:
-        raise ProvisionError(f"{disk.path} (serial {wanted}) is read-only.")
-    if disk.size_bytes < 4 * 2**30 + machine.disk.esp_mib * 2**20:
-        raise ProvisionError(
-            f"{disk.path} holds {gibibytes(disk.size_bytes)}, which is too small for a system."
-        )
-    return disk
+    if disk.mirror:
+        found.append(find_disk(machine, facts, disk.mirror, "disk.mirror"))
+        if found[0] == found[1]:
+            raise ProvisionError(f"disk.serial and disk.mirror name the same disk, {found[0].path}.")
+    needed = LEAST_BYTES + (disk.esp_mib + disk.root_gib * 1024 + swap_mib(machine, facts)) * 2**20
+    for seen in found:
+        if seen.size_bytes < needed:
+            raise ProvisionError(
+                f"{seen.path} holds {gibibytes(seen.size_bytes)}, which is too small for what [disk] of the machine file asks for: "
+                f"{gibibytes(needed)}."
+            )
+    return tuple(found)
 
 
-def is_ours(machine: Machine, disk: Disk) -> bool:
-    """True where the disk has the two partitions that we make on it for this machine: it is not partitioned again."""
-    ids = layout(machine)
-    return {(ids.esp_uuid, ESP_TYPE), (ids.root_uuid, ROOT_TYPE)} <= {
+def swap_mib(machine: Machine, facts: Facts) -> int:
+    """Size of swap on the disk, in MiB."""
+    disk = machine.disk
+    if disk.swap not in ("partition", "file"):
+        return 0
+    return disk.swap_gib * 1024 or facts.memory_bytes // 2**21
+
+
+def pairs(machine: Machine, facts: Facts) -> list[tuple[tuple[Part, ...], Disk]]:
+    """Each disk with the partitions that belong on it."""
+    serials = filter(None, (machine.disk.serial, machine.disk.mirror))
+    return [
+        (layout(machine).on(serial), disk)
+        for serial, disk in zip(serials, find_disks(machine, facts), strict=True)
+    ]
+
+
+def is_ours(parts: tuple[Part, ...], disk: Disk) -> bool:
+    """True where the disk has the partitions that we make on it for this machine: it is not partitioned again."""
+    return {(part.uuid, part.type_guid) for part in parts} <= {
         (part.uuid, part.type_guid) for part in disk.partitions
     }
 
 
-def would_lose(machine: Machine, facts: Facts) -> str:
-    """What a first installation destroys, for a person to read; "" where the disk is blank or already ours."""
+def was_ours(parts: tuple[Part, ...], disk: Disk) -> bool:
+    """True where we laid it out for this machine before, if not as its file says now: what is mounted of it may go."""
+    return any(part.kind == "esp" and is_ours((part,), disk) for part in parts)
+
+
+def losing(machine: Machine, facts: Facts) -> list[Disk]:
+    """The disks that a first installation empties of something; none where they are blank or already ours."""
     if facts.system != "live":
-        return ""
-    disk = find_disk(machine, facts)
-    return "" if disk.is_blank or is_ours(machine, disk) else describe_disk(disk)
+        return []
+    return [disk for parts, disk in pairs(machine, facts) if not disk.is_blank and not is_ours(parts, disk)]
+
+
+def would_lose(machine: Machine, facts: Facts) -> str:
+    """What a first installation destroys, for a person to read."""
+    return "\n".join(map(describe_disk, losing(machine, facts)))
 
 
 def disk(machine: Machine, facts: Facts) -> Iterator[Step]:
-    """GPT with an EFI system partition and a root, made once; mounted below /mnt while installing."""
-    ids = layout(machine)
-    if facts.system == "live":
-        target = find_disk(machine, facts)
-        if target.in_use and not is_ours(machine, target):
-            raise ProvisionError(
-                f"{target.path} (serial {target.serial}) is in use: {', '.join(target.in_use)}.\n{describe_disk(target)}",
-                "Free it on the ISO (umount, swapoff -a, vgchange -an, mdadm --stop --scan), or name another disk.",
-            )
-        yield partition(machine, target, ids)
-        yield format_partition("ESP", ids.esp, "vfat", "mkfs.fat -F 32 -n ESP")
-        yield format_partition(
-            "root", ids.root, machine.disk.filesystem, f"mkfs.{machine.disk.filesystem} -q -L root"
+    """Partitions, encrypted volumes and file systems, made once; mounted below /mnt while installing."""
+    if facts.system != "live":
+        return
+    ids, targets = layout(machine), find_disks(machine, facts)
+    for parts, seen in pairs(machine, facts):
+        demand_free(parts, seen, facts, targets)
+        if is_ours(parts, seen) and (leftovers := leftovers_on(ids, seen)):
+            yield release(seen, leftovers)
+        yield partition(parts, seen, swap_mib(machine, facts))
+    yield from volumes(machine, facts)
+    for part in ids.of("esp"):
+        yield make_filesystem(
+            f"ESP of {part.serial}" if machine.disk.mirror else "ESP",
+            (part.device,),
+            "vfat",
+            "mkfs.fat -F 32 -n ESP",
         )
-        yield Script(
-            f"mount {MOUNT}",
-            why="the new system is built below it",
-            # An unfinished root is mounted anew, without whatever a cut-off pacstrap left mounted in it.
-            probe=f'[[ $mounted == yes && -e "$root"{BASE_COMPLETE} ]] &&'
-            f" findmnt --noheadings --output PARTUUID {MOUNT} && findmnt --noheadings --output PARTUUID {MOUNT}/boot",
-            expect=f"{ids.root_uuid}\n{ids.esp_uuid}",
-            script=f"if mountpoint -q {MOUNT}; then umount --recursive {MOUNT}; fi\n"
-            f"mount {ids.root} {MOUNT}\nmkdir -p {MOUNT}/boot\nmount -o {ESP_OPTIONS} {ids.esp} {MOUNT}/boot",
+    for part in ids.of("swap"):
+        if machine.disk.encryption == "none":
+            yield make_filesystem("swap", (part.device,), "swap", "mkswap -q")
+    roots = tuple(part.device for part in ids.of("root"))
+    yield make_filesystem("root", roots, machine.disk.filesystem, make_root(machine, ids))
+    for part in ids.of("home"):
+        yield make_filesystem(
+            "home", (part.device,), "ext4", f"mkfs.ext4 -q -L home -U {ids.home_filesystem}"
         )
+    yield mount(ids)
+
+
+def make_root(machine: Machine, ids: Layout) -> str:
+    if machine.disk.filesystem == "ext4":
+        return f"mkfs.ext4 -q -L root -U {ids.root_filesystem}"
+    mirrored = " --metadata raid1 --data raid1" if machine.disk.mirror else ""
+    return f"mkfs.btrfs -q --label root --uuid {ids.root_filesystem}{mirrored}"
+
+
+def mount(ids: Layout) -> Step:
+    """All file systems of the new system below /mnt, and before it the subvolumes that are missing."""
+    lines = [f"if mountpoint -q {MOUNT}; then umount --recursive {MOUNT}; fi"]
+    root = ids.mounts[0]
+    if ids.subvolumes:
+        lines += [
+            f"mount -o subvolid=5 {root.device} {MOUNT}",
+            *(f"[[ -d {MOUNT}/{name} ]] || btrfs subvolume create {MOUNT}/{name}" for name in ids.subvolumes),
+            f"umount {MOUNT}",
+        ]
+    for wanted in ids.mounts:
+        folder = target(wanted)
+        lines += [
+            *([f"mkdir -p {folder}"] if wanted is not root else []),
+            f"mount -o {wanted.options} {wanted.device} {folder}",
+        ]
+    looks = [
+        f"findmnt --noheadings --output {wanted.source.partition('=')[0]} --mountpoint {target(wanted)}"
+        for wanted in ids.mounts
+    ]
+    return Script(
+        f"mount {MOUNT}",
+        why="the new system is built below it",
+        # An unfinished root is mounted anew, without whatever a cut-off pacstrap left mounted in it.
+        probe=f'[[ $mounted == yes && -e "$root"{BASE_COMPLETE} ]] &&\n' + " &&\n".join(looks),
+        expect="\n".join(wanted.source.partition("=")[2] for wanted in ids.mounts),
+        script="\n".join(lines),
+    )
 
 
 def fstab(machine: Machine, facts: Facts) -> Iterator[Step]:
     ids = layout(machine)
+    lines = ["# <device> <folder> <type> <options> <dump> <check>"]
+    for wanted in (*ids.mounts, *data_mounts(machine, facts)):
+        lines.append(f"{wanted.source} {wanted.folder} {wanted.filesystem} {wanted.options} 0 {wanted.check}")
+    for part in ids.of("swap"):
+        encrypted = machine.disk.encryption == "luks"
+        lines.append(f"{'/dev/mapper/swap' if encrypted else f'PARTUUID={part.uuid}'} none swap defaults 0 0")
+    if machine.disk.swap == "file":
+        lines.append(f"{SWAP_FILE} none swap defaults 0 0")
     yield File(
         "/etc/fstab",
-        "# <device> <folder> <type> <options> <dump> <check>\n"
-        f"PARTUUID={ids.root_uuid} / {machine.disk.filesystem} rw,relatime 0 1\n"
-        f"PARTUUID={ids.esp_uuid} /boot vfat rw,relatime,{ESP_OPTIONS} 0 2\n",
+        "".join(f"{line}\n" for line in lines),
         why="mounts by the ids that we gave the partitions, whatever the kernel calls the disk",
-        then='findmnt --verify --tab-file "$root/etc/fstab"',
+        then="in_target findmnt --verify",
     )
 
 
-def partition(machine: Machine, target: Disk, ids: Layout) -> Step:
+# --- wiping -------------------------------------------------------------------------------------------------
+
+RELEASE = r"""
+release() {  # DISK: take apart whatever lies on it, from the top down
+  local node kind folder
+  lsblk --raw --noheadings --paths --output NAME,TYPE "$1" | tac | while read -r node kind; do
+    [[ -b $node ]] || continue
+    ! grep -q "^$(readlink -f "$node") " /proc/swaps || swapoff "$node"
+    lsblk --nodeps --raw --noheadings --output MOUNTPOINTS "$node" | tac | while read -r folder; do
+      folder=$(printf '%b' "$folder")
+      if [[ $folder ]] && mountpoint -q "$folder"; then umount --recursive "$folder"; fi
+    done
+    case $kind in
+      crypt) cryptsetup close "$node" ;;
+      lvm) lvchange --activate n "$node" ;;
+      raid*|linear) mdadm --quiet --stop "$node" ;;
+      dm|mpath) dmsetup remove "$node" ;;
+    esac
+  done
+}
+"""
+
+
+def demand_free(parts: tuple[Part, ...], seen: Disk, facts: Facts, targets: tuple[Disk, ...]) -> None:
+    """Refuse a disk that somebody uses, unless it is our own for this machine."""
+    if seen.mounted and not was_ours(parts, seen):
+        raise ProvisionError(
+            f"{seen.path} (serial {seen.serial}) is in use: {', '.join(seen.mounted)}.\n{describe_disk(seen)}",
+            "Free it on the ISO (umount, swapoff -a), or name another disk.",
+        )
+    for other in facts.disks:
+        shared = set(seen.stacked) & set(other.stacked)
+        if shared and other not in targets:
+            raise ProvisionError(
+                f"{', '.join(sorted(shared))} lies on {seen.path} (serial {seen.serial}) and on {other.path} too, which is not named.\n"
+                f"{describe_disks(facts)}",
+                "Take it apart on the ISO first (vgchange -an, mdadm --stop), if that is meant.",
+            )
+
+
+def leftovers_on(ids: Layout, seen: Disk) -> list[str]:
+    """What an earlier attempt or a person left in use of our own disk: mounts elsewhere, swap, other mappings."""
+    ours = {f"/dev/mapper/{part.mapper}" for part in ids.encrypted}
+    elsewhere = [folder for folder in seen.mounted if folder != MOUNT and not folder.startswith(f"{MOUNT}/")]
+    return [*elsewhere, *(node for node in seen.stacked if node not in ours)]
+
+
+def release(seen: Disk, leftovers: list[str]) -> Step:
+    """Planned only while there is something: so the probe never says done, and a plan made afterwards lacks it."""
+    return Script(
+        f"free {seen.path}",
+        why=f"left in use by an earlier attempt: {', '.join(leftovers)}",
+        probe="true",
+        script=f"{RELEASE}release {quote(seen.path)}",
+    )
+
+
+def partition(parts: tuple[Part, ...], seen: Disk, swap_size_mib: int) -> Step:
     """Wipe and partition, guarded once more on the host: serial, size, contents and use as they were planned."""
-    size = gibibytes(target.size_bytes)
+    ours = "yes" if was_ours(parts, seen) else "no"
     guard = (
         HOLDINGS
+        + RELEASE
         + f"""
-disk={quote(target.path)}
+disk={quote(seen.path)}
 refuse() {{ echo "refused to wipe $disk: $1"; exit 1; }}
 serial=$(lsblk --nodeps --noheadings --output SERIAL "$disk" | xargs)
-[[ $serial == {quote(target.serial)} ]] || refuse "its serial is '$serial', not {target.serial}"
-[[ $(blockdev --getsize64 "$disk") == {target.size_bytes} ]] || refuse "its size changed"
-[[ $(holdings "$disk" | sha256sum | cut -d' ' -f1) == {target.holdings} ]] || refuse "what it holds changed since it was planned"
-[[ -z $(lsblk --noheadings --output MOUNTPOINTS "$disk" | xargs) ]] || refuse "something on it is mounted"
+[[ $serial == {quote(seen.serial)} ]] || refuse "its serial is '$serial', not {seen.serial}"
+[[ $(blockdev --getsize64 "$disk") == {seen.size_bytes} ]] || refuse "its size changed"
+[[ $(holdings "$disk" | sha256sum | cut -d' ' -f1) == {seen.holdings} ]] || refuse "what it holds changed since it was planned"
+mounted=$(lsblk --noheadings --output MOUNTPOINTS "$disk" | xargs)
+[[ -z $mounted || {ours} == yes ]] || refuse "something on it is in use: $mounted"
 medium=$(findmnt --noheadings --output SOURCE /run/archiso/bootmnt || true)
 [[ -z $medium ]] || ! lsblk --noheadings --raw --paths --output NAME "$disk" | grep -qxF "$medium" || refuse "it is the install medium"
 """
     )
-    make = f"""
+    if parts[0].serial != seen.serial:
+        guard += f'[[ $(readlink -f /dev/disk/by-id/{quote(parts[0].serial)}) == "$disk" ]] || refuse "it is not {parts[0].serial}"\n'
+    make = ["sgdisk"]
+    for number, part in enumerate(parts, 1):
+        size_mib = part.size_mib or (swap_size_mib if part.kind == "swap" else 0)
+        make.append(
+            f"--new={number}:0:{f'+{size_mib}M' if size_mib else '0'} --typecode={number}:{part.type_guid}"
+            f" --partition-guid={number}:{part.uuid} --change-name={number}:{quote(part.name)}"
+        )
+    script = f"""release "$disk"
 for part in $(lsblk --noheadings --raw --paths --output NAME "$disk" | tail -n +2); do wipefs --all --force "$part"; done
 wipefs --all --force "$disk"
 sgdisk --zap-all "$disk" > /dev/null
-sgdisk --new=1:0:+{machine.disk.esp_mib}M --typecode=1:{ESP_TYPE} --partition-guid=1:{ids.esp_uuid} --change-name=1:ESP \\
-       --new=2:0:0 --typecode=2:{ROOT_TYPE} --partition-guid=2:{ids.root_uuid} --change-name=2:root "$disk"
+{" ".join(make)} "$disk"
 partprobe "$disk"
 udevadm settle --timeout=30
-for part in {ids.esp} {ids.root}; do
+for part in {" ".join(part.path for part in parts)}; do
   [[ -b $part ]] || {{ echo "$part did not appear"; exit 1; }}
   wipefs --all --force $part  # what an older layout left at the same place
 done
 """
     return Script(
-        f"partition {target.path}",
-        why=f"serial {target.serial}, {target.model or 'no model name'}, {size}: EFI system partition of "
-        f"{machine.disk.esp_mib} MiB, root in the rest; now on it: {describe_contents(target)}",
-        probe=f"for id in {ids.esp_uuid} {ids.root_uuid}; do [[ -b /dev/disk/by-partuuid/$id ]] || exit; done; echo yes",
-        script=guard + make,
+        f"partition {seen.path}",
+        why=f"serial {seen.serial}, {seen.model or 'no model name'}, {gibibytes(seen.size_bytes)}: "
+        f"{', '.join(describe_part(part, swap_size_mib) for part in parts)}; now on it: {describe_contents(seen)}",
+        probe=f"for id in {' '.join(part.uuid for part in parts)}; do [[ -b /dev/disk/by-partuuid/$id ]] || exit; done; echo yes",
+        script=guard + script,
     )
 
 
-def format_partition(name: str, device: str, filesystem: str, mkfs: str) -> Step:
+def make_filesystem(name: str, devices: tuple[str, ...], filesystem: str, mkfs: str) -> Step:
     """A file system where there is none. One that is there, of any kind, is never replaced: it may hold a home."""
-    kind = f"blkid --probe --match-tag TYPE --output value {device} || true"
+    listed = " ".join(devices)
+    kinds = f"for device in {listed}; do blkid --probe --match-tag TYPE --output value $device || echo blank; done | sort -u | xargs"
     return Script(
         f"format {name}",
-        why=f"{filesystem} on the new partition",
-        probe=kind,
+        why=f"{filesystem} where nothing is",
+        probe=kinds,
         expect=filesystem,
-        script=f"kind=$({kind})\n"
-        f'[[ -z $kind ]] || {{ echo "{device} holds $kind, not {filesystem}; to lose it: wipefs --all {device}"; exit 1; }}\n'
-        f"{mkfs} {device}\nudevadm settle --timeout=30",
+        script=f"kind=$({kinds})\n"
+        f'[[ $kind == blank ]] || {{ echo "{listed} holds $kind, not {filesystem}; to lose it: wipefs --all {listed}"; exit 1; }}\n'
+        f"{mkfs} {listed}\nudevadm settle --timeout=30",
     )
 
 
-def describe_contents(target: Disk) -> str:
-    if target.is_blank:
-        return "nothing"
-    return ", ".join(
-        [*([target.filesystem] if target.filesystem and not target.partitions else [])]
-        + [
-            f"{part.path} {part.filesystem or 'unformatted'} {part.label or part.name}".strip()
-            for part in target.partitions
-        ]
-    )
+# --- for a person -------------------------------------------------------------------------------------------
 
 
-def describe_disk(target: Disk) -> str:
-    lines = [
-        f"{target.path}  serial {target.serial or '(none)'}  {gibibytes(target.size_bytes)}  {target.model}".rstrip()
-    ]
-    if target.is_medium:
-        lines[0] += "  (install medium)"
-    if target.filesystem and not target.partitions:
-        lines.append(f"  whole disk: {target.filesystem}")
-    for part in target.partitions:
-        names = " ".join(filter(None, [part.filesystem or "unformatted", part.label, part.name]))
-        lines.append(
-            f"  {part.path}  {gibibytes(part.size_bytes)}  {names}  {' '.join(part.mounted_at)}".rstrip()
-        )
-    return "\n".join(lines)
-
-
-def describe_disks(facts: Facts) -> str:
-    return "\n".join(describe_disk(disk) for disk in facts.disks) or "  none"
-
-
-def gibibytes(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"
+def describe_part(part: Part, swap_size_mib: int) -> str:
+    kind = {"esp": "EFI system partition"}.get(part.kind, part.kind)
+    size_mib = part.size_mib or (swap_size_mib if part.kind == "swap" else 0)
+    size = f"{size_mib} MiB" if size_mib < 8192 else f"{size_mib // 1024} GiB"
+    return f"{kind} of {size}" if size_mib else f"{kind} in the rest"

@@ -30,24 +30,24 @@ LSBLK = {
     "blockdevices": [
         {
             "name": "/dev/nvme0n1", "type": "disk", "size": 1000204886016, "serial": "S4EWNX0R", "model": "Example SSD 1TB",
-            "ro": False, "fstype": None, "label": None, "parttype": None, "partuuid": None, "partlabel": None,
+            "ro": False, "fstype": None, "label": None, "uuid": None, "parttype": None, "partuuid": None, "partlabel": None,
             "mountpoints": [None],
         },
         {
             "name": "/dev/sda", "type": "disk", "size": 16008609792, "serial": "STICK1", "model": "Flash Drive",
-            "ro": False, "fstype": "iso9660", "label": "ARCH_202611", "parttype": None, "partuuid": None,
+            "ro": False, "fstype": "iso9660", "label": "ARCH_202611", "uuid": "2026-11-01-08-00-00-00", "parttype": None, "partuuid": None,
             "partlabel": None, "mountpoints": [None],
             "children": [
                 {
                     "name": "/dev/sda1", "type": "part", "size": 900000000, "serial": None, "model": None, "ro": False,
-                    "fstype": "iso9660", "label": "ARCH_202611", "parttype": "0x0", "partuuid": "AB-01",
+                    "fstype": "iso9660", "label": "ARCH_202611", "uuid": "2026-11-01-08-00-00-00", "parttype": "0x0", "partuuid": "AB-01",
                     "partlabel": None, "mountpoints": ["/run/archiso/bootmnt"],
                 }
             ],
         },
         {
             "name": "/dev/loop0", "type": "loop", "size": 800000000, "serial": None, "model": None, "ro": True,
-            "fstype": "squashfs", "label": None, "parttype": None, "partuuid": None, "partlabel": None,
+            "fstype": "squashfs", "label": None, "uuid": None, "parttype": None, "partuuid": None, "partlabel": None,
             "mountpoints": ["/run/archiso/airootfs"],
         },
     ]
@@ -112,6 +112,18 @@ Example 9 7950X 16-Core Processor
 @holdings
 /dev/nvme0n1 aaaa
 /dev/sda bbbb
+
+@by_id
+nvme-Example_SSD_1TB_S4EWNX0R ../../nvme0n1
+nvme-eui.0025385b21404321 ../../nvme0n1
+nvme-eui.0025385b21404321-part1 ../../nvme0n1p1
+usb-Flash_Drive_STICK1-0:0 ../../sda
+
+@used
+
+
+@tpm
+2
 
 @gpus
 0000:01:00.0 0x2684

@@ -38,6 +38,7 @@ DRAFT = f"""\
 #   /dev/sda1  0.8 GiB  iso9660 ARCH_202611  /run/archiso/bootmnt
 #   not this: the install ISO runs from it
 serial = "S4EWNX0R"
+size_gib = 932
 
 [user]
 authorized_keys = ["{KEY}"]

@@ -17,8 +17,9 @@ from provision.machine import Machine
 from provision.steps import Packages, Step, render_apply, render_probes
 from provision.steps import make_plan as plan_of
 from provision.system import system
-from provision.system.disk import ESP_TYPE, ROOT_TYPE, format_partition, layout, would_lose
+from provision.system.disk import make_filesystem, would_lose
 from provision.system.gpu import choose_driver
+from provision.system.layout import layout
 from provision.system.python import CPU_INDEX, torch_index
 from tests.provision.conftest import KEY, with_target
 
@@ -41,13 +42,19 @@ def render(steps: list[Step]) -> str:
 def installed(machine: Machine, live: Facts) -> Facts:
     """The same host after the installation."""
     ids = layout(machine)
-    part = Partition("", 0, "ext4", "", "", "", "", ())
-    parts = (
-        replace(part, uuid=ids.esp_uuid, type_guid=ESP_TYPE),
-        replace(part, uuid=ids.root_uuid, type_guid=ROOT_TYPE),
-    )
-    facts = replace(live, system="installed", owner="gpu1", hostname="gpu1", root_partition=ids.root_uuid)
-    return with_target(facts, partitions=parts, in_use=("/", "/boot"))
+    disks = [
+        replace(
+            disk,
+            partitions=tuple(
+                Partition("", 0, "", "", part.type_guid, part.uuid, part.name, ())
+                for part in ids.on(disk.serial)
+            )
+            or disk.partitions,
+        )
+        for disk in live.disks
+    ]
+    facts = replace(live, system="installed", owner="gpu1", hostname="gpu1", root_partitions=tuple(ids.roots))
+    return with_target(replace(facts, disks=tuple(disks)), mounted=("/", "/boot"))
 
 
 @pytest.mark.parametrize("system_name", ["live", "installed"])
@@ -99,7 +106,7 @@ def test_no_two_disks_no_missing_disk_no_medium(machine: Machine, live: Facts) -
     with pytest.raises(ProvisionError, match="too small"):
         system(machine, with_target(live, size_bytes=2**30), NOW)
     with pytest.raises(ProvisionError, match="in use: /mnt/data"):
-        system(machine, with_target(live, in_use=("/mnt/data",)), NOW)
+        system(machine, with_target(live, mounted=("/mnt/data",)), NOW)
 
 
 def test_hosts_that_are_not_ours_are_refused(machine: Machine, live: Facts) -> None:
@@ -110,7 +117,7 @@ def test_hosts_that_are_not_ours_are_refused(machine: Machine, live: Facts) -> N
     with pytest.raises(ProvisionError, match="installed as machine 'tower'"):
         system(machine, replace(installed(machine, live), owner="tower"), NOW)
     with pytest.raises(ProvisionError, match="runs from partition abc"):
-        system(machine, replace(installed(machine, live), root_partition="abc"), NOW)
+        system(machine, replace(installed(machine, live), root_partitions=("abc",)), NOW)
 
 
 def windows(disk: Disk) -> dict[str, object]:
@@ -155,7 +162,9 @@ def test_a_file_system_that_is_there_is_never_replaced(tmp_path: Path) -> None:
     device = tmp_path / "partition"
     device.touch()
     os.truncate(device, 64 << 20)
-    steps = {name: format_partition(name, str(device), name, f"mkfs.{name} -q") for name in ("ext4", "btrfs")}
+    steps = {
+        name: make_filesystem(name, (str(device),), name, f"mkfs.{name} -q") for name in ("ext4", "btrfs")
+    }
 
     def bash(script: str) -> subprocess.CompletedProcess[str]:
         script = f"udevadm() {{ :; }}\n{script}"  # a file has no device events to wait for

@@ -1,0 +1,39 @@
+"""Swap: compressed memory, or room on the disk."""
+
+from collections.abc import Iterator
+
+from provision.facts import Facts
+from provision.machine import Machine
+from provision.steps import File, Packages, Script, Step
+from provision.system.disk import swap_mib
+from provision.system.layout import SWAP_FILE
+
+ZRAM_MOST_MIB = 8192
+
+
+def swap(machine: Machine, facts: Facts) -> Iterator[Step]:
+    disk = machine.disk
+    if disk.swap == "zram":
+        size = str(disk.swap_gib * 1024) if disk.swap_gib else f"min(ram / 2, {ZRAM_MOST_MIB})"
+        yield Packages("zram-generator", why="swap in compressed memory")
+        yield File(
+            "/etc/systemd/zram-generator.conf",
+            f"[zram0]\nzram-size = {size}\ncompression-algorithm = zstd\n",
+            why="how much of it",
+            then="[[ $root ]] || { systemctl daemon-reload; systemctl restart systemd-zram-setup@zram0.service; }",
+        )
+    if disk.swap == "file":
+        size_mib = swap_mib(machine, facts)
+        make = (
+            f'btrfs filesystem mkswapfile --size {size_mib}m "$root"{SWAP_FILE}'
+            if disk.filesystem == "btrfs"
+            else f'umask 077; fallocate --length {size_mib}MiB "$root"{SWAP_FILE}.new; mkswap -q "$root"{SWAP_FILE}.new\n'
+            f'mv "$root"{SWAP_FILE}.new "$root"{SWAP_FILE}'
+        )
+        yield Script(
+            f"swap file of {size_mib} MiB",
+            why="as disk.swap says",
+            probe=f'[[ -s "$root"{SWAP_FILE} ]] && {{ [[ $root ]] || grep -q "^{SWAP_FILE} " /proc/swaps; }} && echo yes',
+            script=f'mkdir -p "$root"{SWAP_FILE.rpartition("/")[0]}\n'
+            f'if [[ ! -s "$root"{SWAP_FILE} ]]; then\n{make}\nfi\n[[ $root ]] || swapon {SWAP_FILE}',
+        )
