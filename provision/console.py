@@ -8,9 +8,11 @@ from fabric import Connection
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from provision.errors import ProvisionError
+from provision.errors import Locked, ProvisionError, UnknownKey, Unreachable
+from provision.find import unlock_machine
 from provision.host import Host, connect
-from provision.machine import Machine, keep_address, known_machines, load_machine, machines_folder
+from provision.machine import Machine, at_address, keep_address, known_machines, load_machine, machines_folder
+from provision.nearby import find_by_name
 from provision.parallel import screen
 
 
@@ -51,15 +53,34 @@ def pins() -> Path:
 
 
 def dial(c: Connection, machine: Machine, fingerprint: str = "") -> Host:
-    """The machine's Host, with the password and keys that fab was given."""
-    return connect(
-        machine,
-        pins(),
-        fingerprint=fingerprint,
-        password=c.connect_kwargs.get("password") or "",
-        key_files=key_files(c.connect_kwargs),
-        confirm=screen().confirm,
-    )
+    """The machine's Host, with the password and keys that fab was given.
+
+    Where its address is silent, or somebody else's, it is looked for under its names, by the keys that are pinned.
+    Where it waits for the passphrase of its disk, it gets it.
+    """
+    try:
+        return reach(c, machine, fingerprint)
+    except (Unreachable, UnknownKey):
+        place = "" if fingerprint else find_by_name(machine, pins())
+        if not place:
+            raise
+        screen().say(f"{machine.name} is at {place}, by its host key.")
+        return reach(c, at_address(machine, place), fingerprint)
+
+
+def reach(c: Connection, machine: Machine, fingerprint: str) -> Host:
+    keys = key_files(c.connect_kwargs)
+    try:
+        return connect(
+            machine,
+            pins(),
+            fingerprint=fingerprint,
+            password=c.connect_kwargs.get("password") or "",
+            key_files=keys,
+            confirm=screen().confirm,
+        )
+    except Locked:
+        return unlock_machine(machine, pins(), keys, screen().console)
 
 
 def key_files(connect_kwargs: dict[str, object]) -> list[str]:

@@ -8,7 +8,7 @@ so that it takes a single handshake.
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,20 @@ from pathlib import Path
 import paramiko
 from fabric import Connection
 
-from provision.errors import ProvisionError, Refused, Unreachable
+from provision.errors import Locked, ProvisionError, Refused, Unreachable
 from provision.link import hang_up, no_delay
 from provision.machine import Machine
-from provision.pins import SystemName, judge, live_alias, load_pins, parse_key, pin, question, unknown_key
+from provision.pins import (
+    SystemName,
+    judge,
+    live_alias,
+    load_pins,
+    parse_key,
+    pin,
+    question,
+    unknown_key,
+    unlock_alias,
+)
 
 DEFAULT_KEYS = ("~/.ssh/id_ed25519", "~/.ssh/id_ecdsa", "~/.ssh/id_rsa")
 KEY_ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256")}  # RFC 8332: one key type, two signatures
@@ -30,7 +40,7 @@ Attempt = tuple[str, Callable[[paramiko.Transport], list[str]]]
 
 @dataclass(frozen=True)
 class Wanted:
-    """How to reach a machine and what may be offered to it. `only`: accept no other of its two systems."""
+    """How to reach a machine and what may be offered to it. `only`: accept no other of its systems."""
 
     machine: Machine
     pins: Path
@@ -65,6 +75,14 @@ class Dialled:
     key_file: str
 
 
+def prefer_kinds(transport: paramiko.Transport, kinds: Iterable[str]) -> None:
+    """Ask for host keys of these types first."""
+    first = [algorithm for kind in kinds for algorithm in KEY_ALGORITHMS.get(kind, (kind,))]
+    security = transport.get_security_options()
+    usable = [algorithm for algorithm in dict.fromkeys(first) if algorithm in security.key_types]
+    security.key_types = [*usable, *(kind for kind in security.key_types if kind not in usable)]
+
+
 class Doorway:
     """Judges the host key, then logs in. `missing_host_key` and `authenticate` are what paramiko calls."""
 
@@ -84,11 +102,8 @@ class Doorway:
         no_delay(sock)
         transport = paramiko.Transport(sock, **options)
         name = self.wanted.machine.name
-        kinds = [self.known[alias].split()[0] for alias in (name, live_alias(name)) if alias in self.known]
-        first = [algorithm for kind in kinds for algorithm in KEY_ALGORITHMS.get(kind, (kind,))]
-        security = transport.get_security_options()
-        usable = [algorithm for algorithm in dict.fromkeys(first) if algorithm in security.key_types]
-        security.key_types = [*usable, *(kind for kind in security.key_types if kind not in usable)]
+        aliases = (name, unlock_alias(name), live_alias(name))
+        prefer_kinds(transport, [self.known[alias].split()[0] for alias in aliases if alias in self.known])
         return transport
 
     def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
@@ -96,7 +111,10 @@ class Doorway:
         wanted, name = self.wanted, self.wanted.machine.name
         presented = f"{key.get_name()} {key.get_base64()}"
         system = judge(self.known, name, presented, wanted.fingerprint)
-        if system is None and not wanted.fingerprint and wanted.confirm and wanted.only != "installed":
+        if system == "unlock" and wanted.only != "unlock":
+            raise Locked(f"{self.where} waits for the passphrase of its disk.", f"fab -H {name} unlock")
+        may_ask = not wanted.fingerprint and wanted.only in (None, "live")
+        if system is None and may_ask and wanted.confirm:
             if not wanted.confirm(question(self.known, name, self.where, presented)):
                 raise unknown_key(self.known, name, self.where, presented, "")
             system = "live"
@@ -110,7 +128,7 @@ class Doorway:
                 f"fab -H {name} plan",
             )
         self.system = system
-        self.user = "root" if system == "live" else wanted.machine.user.name
+        self.user = wanted.machine.user.name if system == "installed" else "root"
 
     def attempts(self) -> Iterator[Attempt]:
         """What is offered, in order. Named keys first: sshd hangs up after six failures (MaxAuthTries)."""

@@ -5,6 +5,7 @@
   - ConnectionLost: the connection ended or fell silent in the middle: what the host did since is unknown
   - Refused: the host answered, and does not let us in; trying again does not help
     - UnknownKey: it presents a host key that is not the pinned one
+    - Locked: it is the machine, which waits for the passphrase of its disk
   - ScriptFailed: a script on the host ended with a status other than 0
 """
 
@@ -39,6 +40,10 @@ class Refused(ProvisionError):
 
 class UnknownKey(Refused):
     """The host key that was presented is neither pinned nor vouched for."""
+
+
+class Locked(Refused):
+    """The machine's initramfs answers: it waits for the passphrase of its disk."""
 
 
 class ScriptFailed(ProvisionError):

@@ -1,86 +1,228 @@
 """Finding a machine again after its reboot: by the host key that we made there, wherever it answers.
 
 A DHCP server often gives the installed system another address than the ISO had. So where the old address stays
-silent, the machine is looked for under its name (DNS, mDNS), and where this computer's neighbour table has its MAC.
+silent, the machine is looked for at the machine file's, under its name (mDNS, DNS), where this computer's neighbour
+table has its MAC, and, if that is allowed, in the subnet. Found means: that key, a new boot id, / on its disk.
 """
 
-import re
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.console import Console
+from rich.markup import escape
+
 from provision.dial import Wanted
-from provision.errors import ProvisionError, UnknownKey
+from provision.errors import Locked, ProvisionError, UnknownKey
 from provision.host import Host, Progress, say_nothing
-from provision.machine import Machine
+from provision.machine import Machine, at_address
+from provision.nearby import Network, elsewhere, load_interfaces, pinned_keys, subnet, sweep
+from provision.person import Ask, ask_nobody
+from provision.secrets import reveal
+from provision.unlock import Opener
 
 ELSEWHERE_AFTER_S = 30.0  # of silence at the old address, before others are tried
 ELSEWHERE_TIMEOUT_S = 3.0
-MAC = re.compile(r"(?:[0-9a-f]{1,2}:){5}[0-9a-f]{1,2}", re.I)
-ADDRESS = re.compile(r"(?<![\w.:])(?:\d{1,3}\.){3}\d{1,3}(?![\w.])")
+SWEEP_AFTER_S = 180.0  # most machines are back by then
+SWEEP_EVERY_S = 60.0
+ANSWER_S = 60.0  # for a person; the machine is not looked for meanwhile
+BOOT_S = 900.0  # firmware of large boards trains memory for minutes
+
+# As root: without udev's records only root may read a partition's id off the disk.
+LOOK = r"""
+cat /proc/sys/kernel/random/boot_id
+source=$(findmnt --nofsroot --noheadings --output SOURCE / || true)
+echo "$source"
+lsblk --inverse --noheadings --raw --output PARTUUID "$source" 2> /dev/null | xargs || true
+lsblk --inverse --noheadings --paths --output TYPE,NAME,SERIAL "$source" 2> /dev/null | awk '$1 == "disk" {print $2, $3}' | xargs || true
+"""
 
 
-def neighbours(table: str, macs: Collection[str]) -> list[str]:
-    """IPv4 addresses beside these MACs in the output of `ip neighbour` or `arp -an`, in its order."""
-    wanted = {normal_mac(mac) for mac in macs}
-    found = []
-    for line in table.splitlines():
-        mac, address = MAC.search(line), ADDRESS.search(line)
-        if mac and address and normal_mac(mac[0]) in wanted:
-            found.append(address[0])
-    return found
+@dataclass(frozen=True)
+class Search:
+    """Where a machine is looked for once its address stays silent, and who may be asked.
+
+    `places` gives addresses. `network` is the subnet that may be swept: unasked where `unasked`, else after a yes.
+    """
+
+    places: Callable[[], Iterable[str]] = tuple
+    network: Network | None = None
+    unasked: bool = False
+    ask: Ask = ask_nobody
+    elsewhere_after_s: float = ELSEWHERE_AFTER_S
+    sweep_after_s: float = SWEEP_AFTER_S
+    sweep_every_s: float = SWEEP_EVERY_S
 
 
-def normal_mac(mac: str) -> str:
-    """Lower case, two digits a byte: macOS prints 0:1b:… for 00:1b:…"""
-    return ":".join(f"{int(byte, 16):02x}" for byte in mac.split(":"))
-
-
-def load_neighbours() -> str:
-    """This computer's neighbour table as text; "" where there is no program to ask."""
-    for argv in (["ip", "neighbour"], ["arp", "-an"]):
-        if shutil.which(argv[0]):
-            return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=10).stdout
-    return ""
-
-
-def elsewhere(machine: Machine, macs: Collection[str]) -> list[str]:
-    """Where else the machine may answer: under its host name, and where its network card is seen."""
-    hostname = machine.system.hostname
-    places = [f"{hostname}.local", hostname, *neighbours(load_neighbours(), macs)]
-    return [place for place in dict.fromkeys(places) if place != (machine.ssh.address or machine.name)]
+def search_from(machine: Machine, host: Host, macs: Collection[str], ask: Ask, *, unasked: bool) -> Search:
+    """Where to look for a machine that answers at the address of `host` now."""
+    old = host.peer
+    places = [old] if old else []
+    return Search(
+        places=lambda: [*places, *elsewhere(machine, macs)],
+        network=subnet(old, load_interfaces()),
+        unasked=unasked,
+        ask=ask,
+    )
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one attempt saw: the machine itself, or why not. `final`: waiting longer will not help."""
+    """What one attempt saw: the machine itself, or why not. `final`: waiting longer will not help.
+
+    `ours`: the key that answered is one of the machine's.
+    """
 
     host: Host | None = None
     seen: str = ""
     final: ProvisionError | None = None
+    ours: bool = False
 
 
-def look(wanted: Wanted, old_boot_id: str, on_wait: Progress) -> Look:
-    """One attempt at one address. The system before the reboot may still answer: its boot id tells."""
-    name = wanted.machine.name
-    try:
-        host = Host(wanted, progress=on_wait)
-    except UnknownKey as error:
-        message = f"After the reboot, {error.message}\nExpected the key of the installed system."
-        return Look(seen=error.message, final=ProvisionError(message, boot_order(name)))
-    except ProvisionError as error:
-        return Look(seen=error.message)
-    new = ask_boot_id(host)
-    restarted = new not in ("", old_boot_id)
-    if restarted and host.system == "installed":
-        return Look(host)
-    host.close()
-    if restarted:
-        return Look(final=ProvisionError(f"{name} restarted and is on the ISO again.", boot_order(name)))
-    return Look(seen=f"{name} has not gone down yet" if new else f"{name} is going down")
+@dataclass
+class Finder:
+    """One search for one machine. `roots`: PARTUUIDs that / must lie on one of; empty where any will do."""
+
+    wanted: Wanted
+    old_boot_id: str
+    roots: Collection[str]
+    opener: Opener | None
+    search: Search
+    say: Progress
+    may_sweep: bool | None = None  # None: nobody was asked yet
+    swept_at: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.wanted.machine.name
+
+    def look(self, address: str = "") -> Look:
+        """One attempt at one address, "" being the machine's own. The system before the reboot may still answer."""
+        wanted = self.wanted
+        if address:
+            there = at_address(wanted.machine, address)
+            wanted = replace(wanted, machine=there, timeout_s=min(ELSEWHERE_TIMEOUT_S, wanted.timeout_s))
+        try:
+            host = Host(wanted, progress=self.say)
+        except Locked as error:
+            return self.open(wanted, error)
+        except UnknownKey as error:
+            message = f"After the reboot, {error.message}\nExpected the key of the installed system."
+            return Look(seen=error.message, final=ProvisionError(message, boot_order(self.name)))
+        except ProvisionError as error:
+            return Look(seen=error.message)
+        new, source, ids, disks = ask_where(host)
+        restarted = new not in ("", self.old_boot_id)
+        if restarted and host.system == "installed":
+            if not self.roots or set(ids.lower().split()) & set(self.roots):
+                return Look(host)
+            final = ProvisionError(
+                f"{self.name} restarted, but / is on {source}{f' ({disks})' if disks else ''}, and not on the disk with "
+                f"serial {self.wanted.machine.disk.serial} that was installed.",
+                boot_order(self.name),
+            )
+            host.close()
+            return Look(final=final, ours=True)
+        host.close()
+        if restarted:
+            again = ProvisionError(f"{self.name} restarted and is on the ISO again.", boot_order(self.name))
+            return Look(final=again, ours=True)
+        return Look(
+            seen=f"{self.name} has not gone down yet" if new else f"{self.name} is going down", ours=True
+        )
+
+    def open(self, wanted: Wanted, locked: Locked) -> Look:
+        """It waits for the passphrase of its disk."""
+        if self.opener is None:
+            return Look(final=locked, ours=True)
+        try:
+            return Look(seen=self.opener.open(wanted), ours=True)
+        except ProvisionError as error:
+            return Look(final=error, ours=True)
+
+    def find(self, deadline_s: float, poll_s: float) -> Host:
+        """Look until it is found; ProvisionError at the deadline, or where waiting longer will not help."""
+        started, last = time.monotonic(), ""
+        while True:
+            here = self.look()
+            if here.host:
+                return here.host
+            waited = time.monotonic() - started
+            if not here.ours and (here.final or waited > self.search.elsewhere_after_s):
+                if host := self.look_at(self.search.places()):
+                    return host
+                if not here.final and waited > self.search.sweep_after_s and (host := self.look_around()):
+                    return host
+            if here.final:
+                raise here.final
+            if here.seen != last:
+                self.say(f"{waited:.0f} s: {here.seen}")
+                last = here.seen
+            if waited > deadline_s:
+                if not here.ours and (host := self.ask_address()):
+                    return host
+                raise self.not_found(waited, here.seen)
+            time.sleep(poll_s)
+
+    def look_at(self, places: Iterable[str]) -> Host | None:
+        """At other addresses. Who answers there with a key that is not the machine's is somebody else."""
+        for place in dict.fromkeys(places):
+            there = self.look(place)
+            if there.host:
+                return there.host
+            if there.ours and there.final:
+                raise there.final
+            if there.ours:
+                self.say(f"{place}: {there.seen}")
+        return None
+
+    def look_around(self) -> Host | None:
+        """In the subnet, if that is allowed. Only where the key is the machine's is anybody logged in to."""
+        network = self.search.network
+        if network is None:
+            return None
+        first = self.may_sweep is None
+        if self.may_sweep is None:
+            what = f"{network.num_addresses} addresses of {network} for the host key of {self.name}, without logging in"
+            self.may_sweep = self.search.unasked or (
+                self.search.ask(f"Look at the {what}? [yes/no] ", ANSWER_S).lower() == "yes"
+            )
+        if self.may_sweep and (first or time.monotonic() - self.swept_at > self.search.sweep_every_s):
+            self.say(f"looking for its key in {network}")
+            machine = self.wanted.machine
+            keys = pinned_keys(machine, self.wanted.pins)
+            found = sweep(network, machine.ssh.port, keys)
+            self.swept_at = time.monotonic()
+            if host := self.look_at(found):
+                return host
+        return self.ask_address() if first else None
+
+    def ask_address(self) -> Host | None:
+        """A person's answer, "" to go on waiting."""
+        question = f"{self.name} is not found. Its address, as its console shows it (empty: none): "
+        while address := self.search.ask(question, ANSWER_S):
+            try:
+                there = self.look(address)
+            except ProvisionError as error:  # not an address
+                there = Look(seen=error.message)
+            if there.host:
+                return there.host
+            if there.ours and there.final:
+                raise there.final
+            self.say(there.seen)
+            question = f"{there.seen}\nIts address (empty: none): "
+        return None
+
+    def not_found(self, waited: float, seen: str) -> ProvisionError:
+        sweep_too = ""
+        if self.search.network is not None and not self.may_sweep:
+            sweep_too = f"To look for its key in all of {self.search.network} too: --sweep\n"
+        return ProvisionError(
+            f"Waited {waited:.0f} s for {self.name} to come back from its reboot; last seen: {seen}",
+            f"Its console shows its address; if that is a new one: fab -H {self.name} provision --address NEW\n"
+            f"{sweep_too}If it is the same, when it is up: fab -H {self.name} provision",
+        )
 
 
 def reconnect_after_reboot(
@@ -89,52 +231,60 @@ def reconnect_after_reboot(
     old_boot_id: str,
     *,
     deadline_s: float,
-    password: str = "",
+    roots: Collection[str] = (),
+    opener: Opener | None = None,
+    search: Search | None = None,
     key_files: Sequence[str] = (),
-    others: Callable[[], Iterable[str]] = tuple,
     on_wait: Progress = say_nothing,
     timeout_s: float = 5,
     poll_s: float = 2,
-    elsewhere_after_s: float = ELSEWHERE_AFTER_S,
 ) -> Host:
-    """Wait for the installed system, known by the key pinned as NAME and by a new boot id.
+    """Wait for the installed system, known by the key pinned as NAME, by a new boot id and by what / is on.
 
-    `others` gives more addresses to look at where the known one is silent. Raises ProvisionError when the ISO
-    comes up again, at once; at the deadline, with what was seen last.
+    Where it waits for the passphrase of its disk, `opener` gives it. Raises ProvisionError when the ISO comes up
+    again, or another disk, at once; at the deadline, with what was seen last.
     """
-    wanted = Wanted(machine, pins, "", password, tuple(key_files), None, timeout_s)
-    started, last = time.monotonic(), ""
-    while True:
-        here = look(wanted, old_boot_id, on_wait)
-        if here.host:
-            return here.host
-        waited = time.monotonic() - started
-        if here.final or waited > elsewhere_after_s:
-            for address in others():
-                ssh = replace(machine.ssh, address=address)
-                there = replace(wanted, machine=replace(machine, ssh=ssh), timeout_s=ELSEWHERE_TIMEOUT_S)
-                if host := look(there, old_boot_id, on_wait).host:
-                    return host
-        if here.final:
-            raise here.final
-        if here.seen != last:
-            on_wait(f"{waited:.0f} s: {here.seen}")
-            last = here.seen
-        if waited > deadline_s:
-            raise ProvisionError(
-                f"Waited {waited:.0f} s for {machine.name} to come back from its reboot; last seen: {here.seen}",
-                f"Its console shows its address; if that is a new one: fab -H {machine.name} provision --address NEW\n"
-                f"If it is the same, when it is up: fab -H {machine.name} provision",
-            )
-        time.sleep(poll_s)
+    wanted = Wanted(machine, pins, "", "", tuple(key_files), None, timeout_s)
+    finder = Finder(wanted, old_boot_id, roots, opener, search or Search(), on_wait)
+    return finder.find(deadline_s, poll_s)
 
 
-def ask_boot_id(host: Host) -> str:
-    """ "" where the host goes down while it is asked."""
+def opener_for(machine: Machine) -> Opener | None:
+    """What opens its disk at boot, where we do that. Looks the passphrase up now: before a reboot, not after it."""
+    return Opener(reveal(machine.disk.passphrase)) if machine.disk.unlock == "ssh" else None
+
+
+def unlock_machine(machine: Machine, pins: Path, key_files: Sequence[str], console: Console) -> Host:
+    """Give a machine that waits for it the passphrase of its disk, and wait until it runs."""
+    if not machine.disk.passphrase:
+        raise Locked(
+            f"{machine.name} waits for the passphrase of its disk, and disk.passphrase says no passphrase.",
+            "Put a reference to it into the machine file, or type it on the machine's console.",
+        )
+    opener = Opener(reveal(machine.disk.passphrase))
+    console.print(f"{machine.name} waits for the passphrase of its disk.")
+    with console.status("waiting for the machine") as status:
+        host = reconnect_after_reboot(
+            machine,
+            pins,
+            "",
+            deadline_s=BOOT_S,
+            opener=opener,
+            key_files=key_files,
+            on_wait=lambda text: status.update(escape(text)),
+        )
+    console.print(f"Its disk is open, and {machine.name} runs.")
+    return host
+
+
+def ask_where(host: Host) -> tuple[str, str, str, str]:
+    """Boot id, what / is mounted from, the ids of the partitions under it, their disks; "" where the host goes down."""
     try:
-        return host.boot_id()
+        lines = host.run(LOOK).stdout.splitlines()
     except ProvisionError:
-        return ""
+        lines = []
+    boot_id, source, ids, disks = (line.strip() for line in [*lines, "", "", "", ""][:4])
+    return boot_id, source, ids, disks
 
 
 def boot_order(name: str) -> str:

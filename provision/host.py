@@ -5,6 +5,7 @@ script that does it all.
 """
 
 import secrets
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,6 +77,7 @@ class Host:
         self.system: SystemName = dialled.system
         self.address = str(dialled.connection.host)
         self.port = int(dialled.connection.port)
+        self.peer = peer_of(dialled)
         self.login = dialled
         self.link = Link(
             dialled.connection, self.name, self.traffic, beat_s=self.beat_s, silence_s=self.silence_s
@@ -329,6 +331,12 @@ class Host:
         """
         name = self.wanted.host
         return f"[{name}]:{path}" if ":" in name else f"{name}:{path}"
+
+
+def peer_of(dialled: Dialled) -> str:
+    """The IP address at the other end; "" where the connection goes through another host or a command."""
+    sock = dialled.connection.transport.sock
+    return str(sock.getpeername()[0]) if isinstance(sock, socket.socket) else ""
 
 
 def connect(

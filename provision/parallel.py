@@ -34,20 +34,12 @@ from rich.text import Text
 
 from provision.dial import Confirm
 from provision.errors import ProvisionError
-from provision.flow import Ask, ask_person
 from provision.machine import load_machine, machines_folder, state_folder
+from provision.person import Ask, ask_nobody, ask_person, confirm_person
 
 OF_ONE_MACHINE = ("fingerprint", "address", "name", "resume")  # options that are about one machine only
 SHOWN = ("plan", "disks", "inspect")  # tasks whose output is what they are for: shown whole on a terminal too
 LOG_WIDTH = 160  # columns, where no terminal sets them
-
-
-def confirm_person(question: str) -> bool:
-    return ask_person(f"{question} [yes/no] ").lower() == "yes"
-
-
-def ask_nobody(question: str) -> str:
-    return ""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The host keys we trust: a `known_hosts` file whose lines are keyed by alias, not by address.
 
 `gpu1 ssh-ed25519 AAAA…` is the key of the system installed on machine gpu1; `gpu1.live ssh-ed25519 …` that of
-the ISO it was booted from. So a changed address does not matter, and OpenSSH reads the same file through
+the ISO it was booted from; `gpu1.unlock ssh-ed25519 …` that of the installed system's initramfs, where it waits for
+the passphrase of its disk. So a changed address does not matter, and OpenSSH reads the same file through
 `HostKeyAlias`. There is one key an alias; hashed names and markers (`@revoked`) are not used.
 """
 
@@ -18,7 +19,7 @@ from typing import Literal
 
 from provision.errors import ProvisionError, UnknownKey
 
-SystemName = Literal["live", "installed"]
+SystemName = Literal["live", "installed", "unlock"]
 
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 FINGERPRINT = re.compile(r"(?:SHA256:)?([A-Za-z0-9+/]{43})=?")
@@ -27,6 +28,10 @@ ON_THE_CONSOLE = "ssh-keygen -lf /etc/ssh/ssh_host_{}_key.pub"
 
 def live_alias(name: str) -> str:
     return f"{name}.live"
+
+
+def unlock_alias(name: str) -> str:
+    return f"{name}.unlock"
 
 
 def parse_key(line: str) -> str:
@@ -110,12 +115,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def judge(known: Mapping[str, str], name: str, presented: str, fingerprint: str) -> SystemName | None:
-    """Which of a machine's two systems presents this key, or None where nobody vouches for it.
+    """Which of a machine's systems presents this key, or None where nobody vouches for it.
 
     `fingerprint` is what a person read on the ISO's console, "" where nobody did.
     """
     if presented == known.get(name):
         return "installed"
+    if presented == known.get(unlock_alias(name)):
+        return "unlock"
     if presented == known.get(live_alias(name)):
         return "live"
     if fingerprint and parse_fingerprint(fingerprint) == fingerprint_of(presented):
@@ -132,7 +139,7 @@ def unknown_key(
 ) -> UnknownKey:
     """The error for a key that `judge` does not know: what is there, what was expected, what to type."""
     seen = f"{where} presents the host key {describe_key(presented)}"
-    aliases = [alias for alias in (name, live_alias(name)) if alias in known]
+    aliases = [alias for alias in (name, unlock_alias(name), live_alias(name)) if alias in known]
     pinned = [f"  pinned as {alias}: {describe_key(known[alias])}" for alias in aliases]
     given = [f"  given: {parse_fingerprint(fingerprint)}"] if fingerprint else []
     kind = presented.split()[0].removeprefix("ssh-").split("-")[0]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from provision.errors import ProvisionError
-from provision.find import neighbours, reconnect_after_reboot
+from provision.find import Search, reconnect_after_reboot
 from provision.host import Host, connect
+from provision.nearby import neighbours
 from provision.pins import parse_key, pin
 from tests.sshd import Proxy, Sshd, keygen
 
@@ -118,9 +119,8 @@ def test_a_machine_that_moved_is_found_by_its_key_and_nobody_else_is(sshd: Sshd,
             sshd.pins,
             "boot-1",
             deadline_s=30,
-            others=lambda: ["no-such-host.invalid", "127.0.0.2", "127.0.0.3"],
+            search=Search(lambda: ["no-such-host.invalid", "127.0.0.2", "127.0.0.3"], elsewhere_after_s=0),
             poll_s=0.1,
-            elsewhere_after_s=0,
         ) as host:
             assert (host.address, host.boot_id()) == ("127.0.0.3", "boot-2")
         assert impostor.accepted == 1
