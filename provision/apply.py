@@ -12,6 +12,7 @@ from provision.machine import Machine
 from provision.secrets import Prompt, ask_person, reveal
 from provision.steps import SECRETS, Plan, make_plan, parse_probes, render_apply, render_probes, secret_file
 from provision.system import system
+from provision.system.crypt import UNLOCK_KEY
 from provision.system.layout import MOUNT, layout
 from provision.system.network import HOST_KEY
 
@@ -116,6 +117,11 @@ def demand_empty(plan: Plan) -> None:
 def read_host_key(host: Host) -> str:
     """The public half of the key that the new system will present."""
     return host.run(f"cat {MOUNT}{HOST_KEY}.pub").stdout.strip()
+
+
+def read_unlock_key(host: Host) -> str:
+    """The public half of the key that the initramfs will present, where it has an sshd."""
+    return host.run(f"cat {MOUNT}{UNLOCK_KEY}.pub").stdout.strip()
 
 
 def unmount_target(host: Host) -> None:

@@ -16,6 +16,7 @@ from provision.apply import (
     gather_facts,
     plan_for,
     read_host_key,
+    read_unlock_key,
     reboot,
     unmount_target,
 )
@@ -26,7 +27,7 @@ from provision.find import BOOT_S, opener_for, reconnect_after_reboot, search_fr
 from provision.host import Host
 from provision.machine import Machine, save_local, state_folder
 from provision.person import Ask, ask_person
-from provision.pins import parse_key, pin
+from provision.pins import parse_key, pin, unlock_alias
 from provision.steps import render_plan
 from provision.system.disk import find_disks, losing, would_lose
 from provision.system.inventory import describe_disk
@@ -70,6 +71,8 @@ def provision_machine(
         demand_way_in(machine, host)
         facts = converge(machine, facts, host, console, lambda: authorise_wipe(machine, facts, wipe, ask))
         pin(pins, machine.name, read_host_key(host))
+        if machine.disk.unlock == "ssh":
+            pin(pins, unlock_alias(machine.name), read_unlock_key(host))
         unmount_target(host)
         host = reboot_and_find(machine, host, pins, facts, console, ask, sweep=sweep)
         facts = gather_facts(host)

@@ -5,36 +5,40 @@ from collections.abc import Iterator
 from provision.facts import Facts
 from provision.machine import Machine
 from provision.steps import File, Script, Step, Unit
+from provision.system.crypt import REBUILD
 from provision.system.layout import kernel_options, layout
 
 # Written out rather than left to the package's default: no `kms`, which would load nouveau before the NVIDIA
 # driver; `microcode` embeds the processor's update, so no initrd line of its own is needed.
 HOOKS = "base systemd autodetect microcode modconf keyboard sd-vconsole block filesystems fsck"
+# The busybox kind, for which there is an sshd: https://wiki.archlinux.org/title/Dm-crypt/Specialties
+SSH_HOOKS = "base udev autodetect microcode modconf keyboard keymap block netconf dropbear encryptssh filesystems fsck"
 
 
 def hooks(machine: Machine) -> str:
+    if machine.disk.unlock == "ssh":
+        return SSH_HOOKS
     return HOOKS.replace("block", "block sd-encrypt") if machine.disk.encryption == "luks" else HOOKS
 
 
 def initramfs(machine: Machine, facts: Facts) -> Iterator[Step]:
-    rebuild = "in_target mkinitcpio --allpresets"
     yield File(
         "/etc/vconsole.conf",
         f"KEYMAP={machine.system.keymap}\n",
         why="keyboard of the text console",
-        then=rebuild,
+        then=REBUILD,
     )
     yield File(
         "/etc/mkinitcpio.conf.d/10-metal.conf",
         f"HOOKS=({hooks(machine)})\n",
         why="how the initramfs finds the root",
-        then=rebuild,
+        then=REBUILD,
     )
 
 
 def boot(machine: Machine, facts: Facts) -> Iterator[Step]:
     esp, kernels = layout(machine).esp, machine.system.kernels
-    options = " ".join(filter(None, [kernel_options(machine), machine.system.cmdline]))
+    options = " ".join(filter(None, [kernel_options(machine, len(facts.nics)), machine.system.cmdline]))
     yield Script(
         "boot loader",
         why="systemd-boot with an entry in the firmware, and as the fallback path EFI/BOOT/BOOTX64.EFI",
@@ -51,7 +55,7 @@ def boot(machine: Machine, facts: Facts) -> Iterator[Step]:
         why="what the boot entry names; pacman says nothing when a full ESP kept it from getting there",
         probe=f"[[ {images} ]] && echo yes",
         script='for modules in "$root"/usr/lib/modules/*/; do\n  [[ -s $modules/pkgbase ]] || continue\n'
-        '  cp "$modules/vmlinuz" "$root/boot/vmlinuz-$(<"$modules/pkgbase")"\ndone\nin_target mkinitcpio --allpresets',
+        '  cp "$modules/vmlinuz" "$root/boot/vmlinuz-$(<"$modules/pkgbase")"\ndone\n' + REBUILD,
     )
     # FAT keeps no modes; fmask=0077 shows every file as 0700.
     yield File(

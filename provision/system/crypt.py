@@ -9,6 +9,8 @@ from provision.steps import File, Packages, Script, Step, secret_file
 from provision.system.layout import KEY_FILE, Part, layout
 
 KEY_SLOT = 1  # of the volume `home`, for the key file; the passphrase is in 0
+UNLOCK_KEY = "/etc/dropbear/dropbear_ed25519_host_key"
+REBUILD = "in_target mkinitcpio --allpresets"
 TPM_PCRS = "7"  # the firmware's Secure Boot state: a kernel or initramfs update does not lock the machine out
 
 
@@ -66,6 +68,35 @@ udevadm settle --timeout=30""",
     )
 
 
+def unlock_over_ssh(machine: Machine) -> Iterator[Step]:
+    """An sshd in the initramfs, with a host key of its own, where a login is asked for the passphrase.
+
+    https://github.com/grazzolini/mkinitcpio-dropbear: its hook takes the whole of /etc/dropbear into the image, and root_key
+    as who may log in.
+    """
+    yield Packages(
+        "mkinitcpio-netconf",
+        "mkinitcpio-dropbear",
+        "mkinitcpio-utils",
+        "dropbear",
+        why="sshd in the initramfs",
+    )
+    yield Script(
+        "host key of the initramfs",
+        why="we know the machine by it before its disk is open",
+        probe=f"at test -s {UNLOCK_KEY} && at test -s {UNLOCK_KEY}.pub && echo yes",
+        script=f"at install -d -m 700 {UNLOCK_KEY.rpartition('/')[0]}\nat rm -f {UNLOCK_KEY}\n"
+        f"in_target dropbearkey -t ed25519 -f {UNLOCK_KEY} | grep '^ssh-ed25519 ' > \"$root\"{UNLOCK_KEY}.pub",
+    )
+    yield File(
+        "/etc/dropbear/root_key",
+        "".join(f"{key}\n" for key in machine.user.authorized_keys),
+        mode=0o600,
+        why="who may open the disk",
+        then=REBUILD,
+    )
+
+
 def encryption(machine: Machine, facts: Facts) -> Iterator[Step]:
     """On the new system: what it needs to open its volumes."""
     disk, ids = machine.disk, layout(machine)
@@ -83,6 +114,8 @@ def encryption(machine: Machine, facts: Facts) -> Iterator[Step]:
                 f" --tpm2-pcrs={TPM_PCRS} {part.path}",
                 secret=disk.passphrase,
             )
+    if disk.unlock == "ssh":
+        yield from unlock_over_ssh(machine)
     lines = ["# <name> <device> <key> <options>"]
     for part in ids.of("home"):
         # The key has all the entropy that it needs: no slow derivation, so that trying it costs nothing.

@@ -184,13 +184,19 @@ def identify(machine: Machine, serial: str, kind: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"metal-to-model:{machine.name}:{serial}:{kind}"))
 
 
-def kernel_options(machine: Machine) -> str:
-    """What the kernel and the initramfs must be told to find the root."""
+def by_dhcp(nics: int) -> str:
+    """For the hook netconf: addresses for every card, which have the kernel's own names there; an unplugged one costs 30 s."""
+    cards = [f":::::eth{number}:dhcp" for number in range(max(nics, 1))]
+    return f"ip={cards[0]}" if len(cards) == 1 else f"ip=ip={':ip='.join(cards)} netconf_timeout=30"
+
+
+def kernel_options(machine: Machine, nics: int) -> str:
+    """What the kernel and the initramfs must be told to find the root. `nics`: how many network cards there are."""
     ids = layout(machine)
     root = ids.mounts[0]
     words = []
     if machine.disk.unlock == "ssh":  # hooks netconf and encryptssh, which know one device
-        words += [f"cryptdevice=UUID={ids.of('root')[0].volume}:root:allow-discards", "ip=dhcp"]
+        words += [f"cryptdevice=UUID={ids.of('root')[0].volume}:root:allow-discards", by_dhcp(nics)]
     elif machine.disk.encryption == "luks":
         options = ["discard", *(["tpm2-device=auto"] if machine.disk.unlock == "tpm2" else [])]
         for part in ids.of("root"):

@@ -23,6 +23,7 @@ from tests.provision.test_system import GOLDEN, NOW, installed, render
 LAYOUTS = {
     "encrypted": 'filesystem = "btrfs"\nswap = "file"\nencryption = "luks"\npassphrase = "env:DISK"\nunlock = "tpm2"\n',
     "mirror": 'filesystem = "btrfs"\nmirror = "SECOND1"\nswap = "partition"\ndata = ["ARCHIVE1 /data", "BLANK1 /scratch"]\n',
+    "remote": 'encryption = "luks"\npassphrase = "env:DISK"\nunlock = "ssh"\n',
     "home": 'root_gib = 64\nswap = "partition"\nswap_gib = 8\nencryption = "luks"\npassphrase = "env:DISK"\nunlock = "console"\n',
 }
 
