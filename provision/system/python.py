@@ -4,24 +4,56 @@ import hashlib
 from collections.abc import Iterator
 from shlex import join
 
+from packaging.requirements import InvalidRequirement, Requirement
+
+from provision.errors import ProvisionError
 from provision.facts import Facts
 from provision.machine import Machine
 from provision.steps import Packages, Script, Step
+from provision.system.gpu import describe, needs_legacy
 
 PREFIX = "/opt/metal"
 ENVIRONMENT = f"{PREFIX}/env"  # a link to the environment in use below /opt/metal/envs
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
+# The default index's wheels carry CUDA 13, which knows nothing older than Turing. CUDA 12.6 knows Maxwell to Hopper. Torch
+# is published with it up to 2.14: https://github.com/pytorch/pytorch/issues/190385; for 2.9 to 2.14 these architectures
+# are documented: https://github.com/pytorch/pytorch/pull/164471, /pull/175253, /pull/182849, /issues/190355.
+LEGACY_INDEX = "https://download.pytorch.org/whl/cu126"
+LEGACY_TORCH = tuple(f"2.{minor}.{patch}+cu126" for minor in range(9, 15) for patch in range(10))
+
+
 def torch_index(machine: Machine, facts: Facts) -> str:
     """Index URL for torch's wheels; "" for the default index, whose Linux wheels carry CUDA 13 (Turing and newer)."""
     if machine.python.torch_index or machine.python.offline:
         return machine.python.torch_index
-    return "" if facts.gpus and machine.gpu.driver != "none" else CPU_INDEX
+    if not facts.gpus or machine.gpu.driver == "none":
+        return CPU_INDEX
+    return LEGACY_INDEX if needs_legacy(facts.gpus) else ""
+
+
+def check_torch(machine: Machine, facts: Facts) -> None:
+    """Refuse a python.torch of which no wheel has kernels for these cards. An index that the person chose is theirs to judge."""
+    if machine.python.torch_index or torch_index(machine, facts) != LEGACY_INDEX:
+        return
+    wanted = machine.python.torch
+    try:
+        requirement = Requirement(wanted)
+    except InvalidRequirement as error:
+        raise ProvisionError(f"python.torch {wanted!r} is not a requirement: {error}") from None
+    if requirement.url or any(version in requirement.specifier for version in LEGACY_TORCH):
+        return
+    raise ProvisionError(
+        f"python.torch is {wanted!r}, and none of its wheels has kernels for {describe(facts.gpus)}: torch is published with "
+        "CUDA 12.6, the last for cards older than Turing, from 2.9 to 2.14.",
+        'Set in the machine file: [python] torch = "torch==2.14.*" (or 2.13), or a torch_index of your own.',
+    )
 
 
 def python(machine: Machine, facts: Facts) -> Iterator[Step]:
     """uv, an interpreter and one environment, made beside the one in use and put in its place by one rename."""
+    check_torch(machine, facts)
     if facts.system != "installed":
         return
     wanted, index = machine.python, torch_index(machine, facts)

@@ -11,16 +11,14 @@ from pytest_mock import MockerFixture
 from rich.console import Console
 
 from provision.errors import ProvisionError
-from provision.facts import Disk, Facts, GpuSeen, Partition
+from provision.facts import Disk, Facts, Partition
 from provision.flow import authorise_wipe, converge, demand_way_in
 from provision.machine import Machine
 from provision.steps import Packages, Step, render_apply, render_probes
 from provision.steps import make_plan as plan_of
 from provision.system import system
 from provision.system.disk import make_filesystem, would_lose
-from provision.system.gpu import choose_driver
 from provision.system.layout import layout
-from provision.system.python import CPU_INDEX, torch_index
 from tests.provision.conftest import KEY, with_target
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -207,84 +205,3 @@ def test_the_shell_comes_with_its_package(machine: Machine, live: Facts) -> None
         for facts in (live, installed(machine, live))
     }
     assert shells == {"live": "/bin/bash", "installed": "/usr/bin/zsh"}
-
-
-@pytest.mark.parametrize(
-    ("ids", "kernel", "packages"),
-    [
-        ([], "linux-lts", None),
-        ([0x2684], "linux-lts", ("nvidia-open-lts", "nvidia-utils")),
-        ([0x1E02], "linux", ("nvidia-open", "nvidia-utils")),
-        ([0x2B85, 0x2204], "linux-zen", ("nvidia-open-dkms", "linux-zen-headers", "nvidia-utils")),
-        ([0x31C2], "linux-lts", ("nvidia-open-lts", "nvidia-utils")),
-    ],
-)
-def test_driver_by_pci_id(ids: list[int], kernel: str, packages: tuple[str, ...] | None) -> None:
-    driver = choose_driver(
-        "auto", [GpuSeen(f"0000:0{i}:00.0", device) for i, device in enumerate(ids)], kernel
-    )
-    assert (driver and driver.packages) == packages
-
-
-FAMILY_OF_NAME = (  # by NVIDIA's marketing names, where they say it (the RTX 3050 A is an Ada)
-    (r"GeForce RTX 50|\bB[23]00|GB[23]|PRO .*Blackwell", "Blackwell or newer"),
-    (r"GeForce RTX 40|\bL4\b|\bL40|Ada Generation", "Ada"),
-    (r"\bH[128]00|GH200", "Hopper"),
-    (r"GeForce RTX 30(?!50 A)|\bA100|\bA10\b|\bA40\b|RTX A[1-6]000", "Ampere"),
-    (r"GeForce RTX 20[678]0|GTX 16|TITAN RTX|Tesla T4|Quadro RTX", "Turing"),
-)
-
-
-def published_ids() -> list[tuple[int, str]]:
-    lines = (GOLDEN.parent.parent / "fixtures" / "nvidia-open-ids.txt").read_text().splitlines()
-    return [(int(line[:4], 16), line[5:]) for line in lines if not line.startswith("#")]
-
-
-def test_every_id_that_nvidia_publishes_gets_the_open_modules_and_its_family() -> None:
-    named = 0
-    for device, name in published_ids():
-        driver = choose_driver("auto", [GpuSeen("0000:01:00.0", device)], "linux-lts")
-        assert driver
-        assert driver.packages == ("nvidia-open-lts", "nvidia-utils")
-        if wanted := next((family for pattern, family in FAMILY_OF_NAME if re.search(pattern, name)), ""):
-            assert f"({wanted})" in driver.reason, f"{device:04x} {name}: {driver.reason}"
-            named += 1
-    assert len(published_ids()) == 289
-    assert named > 200
-
-
-def test_cuda_and_the_container_toolkit_are_switches(machine: Machine, live: Facts) -> None:
-    wished = replace(machine, gpu=replace(machine.gpu, cuda=True, container_toolkit=True))
-    names = {name for step in system(wished, live, NOW) for name in step.packages}
-    assert {"cuda", "nvidia-container-toolkit"} <= names
-    assert not {"cuda", "nvidia-container-toolkit"} & {
-        n for step in system(machine, live, NOW) for n in step.packages
-    }
-
-
-def test_a_driver_for_a_card_to_come(machine: Machine, live: Facts) -> None:
-    driver = choose_driver("open", (), "linux-lts")
-    assert driver
-    assert driver.packages == ("nvidia-open-lts", "nvidia-utils")
-    waiting = replace(machine, gpu=replace(machine.gpu, driver="open"))
-    assert not any("persistenced" in step.name for step in system(waiting, replace(live, gpus=()), NOW))
-
-
-@pytest.mark.parametrize(
-    ("device", "reason"), [(0x1DFF, "580xx legacy"), (0x1B06, "580xx legacy"), (0x1180, "too old")]
-)
-def test_cards_without_a_package_are_refused_before_the_wipe(
-    machine: Machine, live: Facts, device: int, reason: str
-) -> None:
-    facts = replace(live, gpus=(GpuSeen("0000:01:00.0", device), GpuSeen("0000:02:00.0", 0x2204)))
-    with pytest.raises(ProvisionError, match=reason):
-        system(machine, facts, NOW)
-    without = replace(machine, gpu=replace(machine.gpu, driver="none"))
-    assert not any("nvidia" in name for step in system(without, facts, NOW) for name in step.packages)
-
-
-def test_where_torch_comes_from(machine: Machine, live: Facts) -> None:
-    assert torch_index(machine, live) == ""
-    assert torch_index(machine, replace(live, gpus=())) == CPU_INDEX
-    chosen = replace(machine, python=replace(machine.python, torch_index="https://example.org/whl"))
-    assert torch_index(chosen, live) == "https://example.org/whl"
