@@ -8,9 +8,10 @@ from invoke.tasks import task
 
 from provision import fetch, flow, inspection, jobs
 from provision.apply import gather_facts
-from provision.console import dial, load, named, pins, readable
-from provision.machine import machines_folder
+from provision.console import dial, here, key_files, load, named, pins, readable
+from provision.machine import known_machines, load_stranger, machines_folder
 from provision.parallel import Executor, screen
+from provision.seed import describe_seed, load_keys, save_seed
 from provision.system.inventory import describe_disks
 
 program.executor_class = Executor  # several machines at once, and one that fails does not stop the others
@@ -21,8 +22,13 @@ REACH = {
 }
 
 
-@task(help={"wipe": WIPE, **REACH})
-def provision(c: Context, wipe: str = "", fingerprint: str = "", address: str = "") -> None:
+SWEEP = "after the reboot, look for it by its host key in its whole subnet too, without asking anybody"
+
+
+@task(help={"wipe": WIPE, "sweep": SWEEP, **REACH})
+def provision(
+    c: Context, wipe: str = "", fingerprint: str = "", address: str = "", sweep: bool = False
+) -> None:
     """Install Arch, the NVIDIA stack and the Python environment; reboot; find the machine again; verify.
 
     From the live ISO, or on an installed machine to mend what differs. Run it again after any failure.
@@ -30,7 +36,7 @@ def provision(c: Context, wipe: str = "", fingerprint: str = "", address: str = 
     with readable():
         machine = load(c, address)
         host, to = dial(c, machine, fingerprint), screen()
-        with flow.provision_machine(machine, host, pins(), wipe, to.console, to.ask) as host:
+        with flow.provision_machine(machine, host, pins(), wipe, to.console, to.ask, sweep=sweep) as host:
             to.console.print(f"[dim]Since it was last dialled: {host.traffic}[/]", highlight=False)
 
 
@@ -40,6 +46,25 @@ def plan(c: Context, fingerprint: str = "", address: str = "") -> None:
     with readable():
         machine = load(c, address)
         flow.show_plan(machine, dial(c, machine, fingerprint), screen().console)
+
+
+@task(positional=["name"], help={"name": "of the machine", "out": "the image; by default NAME-seed.iso"})
+def seed(c: Context, name: str, out: str = "") -> None:
+    """Write an image that, on a stick beside the install ISO, makes it known to us and lets us in. Needs no -H."""
+    with readable():
+        machine = load_stranger(here(c, name), machines_folder())
+        keys = load_keys(machine, key_files(c.config.connect_kwargs))
+        made = save_seed(machine, keys, pins(), Path(out or f"{name}-seed.iso"))
+        print(describe_seed(machine, made, has_file=name in known_machines(machines_folder())))
+
+
+@task(help={"address": REACH["address"]})
+def unlock(c: Context, address: str = "") -> None:
+    """Give a machine that waits for it (disk.unlock = "ssh") the passphrase of its disk; return when it runs."""
+    with readable():
+        machine = load(c, address)
+        host = dial(c, machine)
+        screen().say(f"{machine.name} runs its {host.system} system at {host.address}.")
 
 
 @task(help={"name": "of the machine, where -H gives its address instead", **REACH})

@@ -1,8 +1,9 @@
 """Between fab's command line and the library: which machine is meant, how to reach it, how an error is told."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fabric import Connection
 from invoke.context import Context
@@ -41,6 +42,16 @@ def named(c: Context) -> str:
             "--dry would skip reads too, and so show nothing true.", f"Use: fab -H {c.host} plan"
         )
     return str(c.original_host)  # and not c.host, which ~/.ssh/config may have replaced by an address
+
+
+def here(c: Context, name: str) -> str:
+    """The name that is given to a task which works on this computer alone."""
+    if isinstance(c, Connection):
+        raise ProvisionError(
+            "This works on this computer alone, and takes the machine's name instead of -H.",
+            f"fab seed {name}",
+        )
+    return name
 
 
 def load(c: Context, address: str = "", need_disk: bool = True) -> Machine:
@@ -83,7 +94,7 @@ def reach(c: Connection, machine: Machine, fingerprint: str) -> Host:
         return unlock_machine(machine, pins(), keys, screen().console)
 
 
-def key_files(connect_kwargs: dict[str, object]) -> list[str]:
+def key_files(connect_kwargs: Mapping[str, Any]) -> list[str]:
     """What `-i` named."""
     given = connect_kwargs.get("key_filename") or []
-    return [given] if isinstance(given, str) else list(given)  # type: ignore[call-overload]
+    return [given] if isinstance(given, str) else list(given)

@@ -152,7 +152,7 @@ def unknown_key(
         )
     return UnknownKey(
         "\n".join([f"{seen}, which is not the expected one:", *pinned, *given]),
-        f"Every boot of the ISO makes new keys. If {name} was booted from it again,\n{compare}\nthen: {again}\n"
+        f"Every boot of the ISO makes new keys, unless it finds the image of `fab seed`. If {name} was booted from it again,\n{compare}\nthen: {again}\n"
         "If it was not, another machine answers at this address, or somebody is in between: do not go on.",
     )
 
