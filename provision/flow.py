@@ -69,7 +69,9 @@ def provision_machine(
         facts = gather_facts(host)
     if facts.system == "live":
         demand_way_in(machine, host)
-        facts = converge(machine, facts, host, console, lambda: authorise_wipe(machine, facts, wipe, ask))
+        facts = converge(
+            machine, facts, host, console, lambda: authorise_wipe(machine, facts, wipe, ask, console)
+        )
         pin(pins, machine.name, read_host_key(host))
         if machine.disk.unlock == "ssh":
             pin(pins, unlock_alias(machine.name), read_unlock_key(host))
@@ -135,7 +137,7 @@ def reboot_and_find(
     return found
 
 
-def authorise_wipe(machine: Machine, facts: Facts, wipe: str, ask: Ask) -> None:
+def authorise_wipe(machine: Machine, facts: Facts, wipe: str, ask: Ask, console: Console) -> None:
     """Return only where nothing is lost, or where a person gave the serial of the very disk that loses it."""
     known = [known_as(machine, seen) for seen in find_disks(machine, facts)]
     given = [serial.strip() for serial in wipe.split(",") if serial.strip()]
@@ -144,6 +146,12 @@ def authorise_wipe(machine: Machine, facts: Facts, wipe: str, ask: Ask) -> None:
         raise ProvisionError(
             f"--wipe={strange[0]} is not the disk of machine '{machine.name}', whose serial is {serials}.",
             "Nothing was changed.",
+        )
+    if given and not losing(machine, facts):
+        console.print(
+            "--wipe was not needed: the disk is blank, or carries this machine's layout already, and what is on it is gone on with. "
+            "To begin anew, first on the ISO: wipefs --all, on its partitions and then on the disk.",
+            soft_wrap=True,
         )
     unasked = [seen for seen in losing(machine, facts) if not set(given) & set(known_as(machine, seen))]
     for seen in list(unasked):

@@ -281,16 +281,16 @@ def name_of(host: str) -> str:
     return str(derive_shorthand(host)["host"])
 
 
-def share_wipe(serials: str, disks: Mapping[str, str]) -> dict[str, str]:
-    """machine → its serial out of `--wipe=S1,S2,…`, "" where none of them is its disk's (`disks`: machine → serial).
+def share_wipe(serials: str, disks: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """machine → its own serials out of `--wipe=S1,S2,…`, "" where none is (`disks`: machine → serials of its disks).
 
     Raises ProvisionError, and so before any machine is touched, for a serial that is not that of exactly one of them.
     """
     given = [serial.strip() for serial in serials.split(",") if serial.strip()]
     for serial in given:
-        owners = [name for name, disk in disks.items() if disk == serial]
+        owners = [name for name, own in disks.items() if serial in own]
         if not owners:
-            known = "\n".join(f"  {name}: {disk}" for name, disk in disks.items())
+            known = "\n".join(f"  {name}: {', '.join(own)}" for name, own in disks.items())
             raise ProvisionError(
                 f"--wipe: {serial} is the disk of none of these machines; nothing was begun.\n{known}",
                 "A serial lets that one disk be wiped: --wipe=SERIAL,SERIAL",
@@ -300,7 +300,7 @@ def share_wipe(serials: str, disks: Mapping[str, str]) -> dict[str, str]:
                 f"--wipe: {serial} is the disk of {' and '.join(owners)} by their files; nothing was begun.",
                 "Which of them may be wiped cannot be told: name one machine at a time.",
             )
-    return {name: disk if disk in given else "" for name, disk in disks.items()}
+    return {name: ",".join(serial for serial in given if serial in own) for name, own in disks.items()}
 
 
 def demand_common(options: Mapping[str, object], names: Sequence[str], task: str) -> None:
@@ -313,12 +313,13 @@ def demand_common(options: Mapping[str, object], names: Sequence[str], task: str
             )
 
 
-def load_serials(names: Iterable[str]) -> dict[str, str]:
-    """machine → disk.serial of its file. A file with errors is left out here: its own task says what is wrong."""
+def load_serials(names: Iterable[str]) -> dict[str, list[str]]:
+    """machine → serials of the disks that its file lets be wiped. A file with errors is left out here: its own task says what is wrong."""
     found = {}
     for name in names:
         try:
-            found[name] = load_machine(name, machines_folder()).disk.serial
+            disk = load_machine(name, machines_folder()).disk
+            found[name] = [serial for serial in (disk.serial, disk.mirror) if serial]
         except ProvisionError:
             continue
     return found
@@ -358,7 +359,7 @@ class Executor(fabric.Executor):  # type: ignore[misc]
             chains.setdefault(name_of(call.init_kwargs["host"]), []).append(
                 (call, call.make_context(self.config.clone()))
             )
-        serials: dict[str, str] = {}
+        serials: dict[str, list[str]] = {}
         for name, chain in chains.items():
             for call, _ in chain:
                 demand_common(call.kwargs, list(chains), call.task.name)

@@ -253,12 +253,13 @@ EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # sh
 
 
 def test_a_serial_lets_only_its_own_disk_be_wiped() -> None:
-    disks = {"a": "S1", "b": "S2", "c": "S3"}
+    disks = {"a": ["S1"], "b": ["S2"], "c": ["S3", "S4"]}
     assert share_wipe("S1, S3,", disks) == {"a": "S1", "b": "", "c": "S3"}
+    assert share_wipe("S1,S4,S3", disks) == {"a": "S1", "b": "", "c": "S4,S3"}
     with pytest.raises(ProvisionError, match="S9 is the disk of none"):
         share_wipe("S1,S9", disks)
     with pytest.raises(ProvisionError, match="the disk of a and b"):
-        share_wipe("S1", {"a": "S1", "b": "S1"})
+        share_wipe("S1", {"a": ["S1"], "b": ["S1"]})
 
 
 def test_hosts_are_unique_by_name_and_in_order() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from provision.errors import ProvisionError
 from provision.facts import Facts, Partition
@@ -152,7 +153,7 @@ def test_another_machines_installation_is_named(machine: Machine, live: Facts) -
     facts = laid_out(other, live)
     assert "an installation of ours, for machine 'tower'" in would_lose(machine, facts)
     with pytest.raises(ProvisionError, match="not ours; nothing was changed"):
-        authorise_wipe(machine, facts, "", ask=lambda _: "")
+        authorise_wipe(machine, facts, "", ask=lambda _: "", console=Console(quiet=True))
 
 
 def test_bytes_in_use_are_told(several: Facts) -> None:
@@ -162,12 +163,12 @@ def test_bytes_in_use_are_told(several: Facts) -> None:
 def test_each_disk_of_a_mirror_is_authorised(tmp_path: Path, several: Facts) -> None:
     machine = wish(tmp_path / "machines", 'filesystem = "btrfs"\nmirror = "ARCHIVE1"\n')
     with pytest.raises(ProvisionError, match="not ours; nothing") as caught:
-        authorise_wipe(machine, several, "S4EWNX0R", ask=lambda _: "")
+        authorise_wipe(machine, several, "S4EWNX0R", ask=lambda _: "", console=Console(quiet=True))
     assert "--wipe=ARCHIVE1" in caught.value.hint
-    authorise_wipe(machine, several, "ARCHIVE1", ask=lambda _: "")
-    authorise_wipe(machine, several, "S4EWNX0R,ARCHIVE1", ask=lambda _: "")
+    authorise_wipe(machine, several, "ARCHIVE1", ask=lambda _: "", console=Console(quiet=True))
+    authorise_wipe(machine, several, "S4EWNX0R,ARCHIVE1", ask=lambda _: "", console=Console(quiet=True))
     with pytest.raises(ProvisionError, match="--wipe=BLANK1 is not the disk"):
-        authorise_wipe(machine, several, "ARCHIVE1,BLANK1", ask=lambda _: "")
+        authorise_wipe(machine, several, "ARCHIVE1,BLANK1", ask=lambda _: "", console=Console(quiet=True))
 
 
 def test_what_is_left_in_use_is_taken_apart_only_on_a_disk_of_ours(machine: Machine, live: Facts) -> None:

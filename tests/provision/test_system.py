@@ -130,15 +130,15 @@ def test_a_foreign_disk_needs_its_serial(machine: Machine, live: Facts) -> None:
     foreign = with_target(live, **windows(live.disks[0]))
     assert "ntfs Windows Basic data" in would_lose(machine, foreign)
     with pytest.raises(ProvisionError, match="not ours; nothing was changed") as caught:
-        authorise_wipe(machine, foreign, "", ask=lambda _: "")
+        authorise_wipe(machine, foreign, "", ask=lambda _: "", console=Console(quiet=True))
     assert "fab -H gpu1 provision --wipe=S4EWNX0R" in caught.value.hint
     with pytest.raises(ProvisionError, match="is not the disk of machine"):
-        authorise_wipe(machine, foreign, "STICK1", ask=lambda _: "")
+        authorise_wipe(machine, foreign, "STICK1", ask=lambda _: "", console=Console(quiet=True))
     with pytest.raises(ProvisionError):
-        authorise_wipe(machine, foreign, "", ask=lambda _: "yes")
-    authorise_wipe(machine, foreign, "S4EWNX0R", ask=lambda _: "")
-    authorise_wipe(machine, foreign, "", ask=lambda _: "S4EWNX0R")
-    authorise_wipe(machine, live, "", ask=lambda _: "")  # blank
+        authorise_wipe(machine, foreign, "", ask=lambda _: "yes", console=Console(quiet=True))
+    authorise_wipe(machine, foreign, "S4EWNX0R", ask=lambda _: "", console=Console(quiet=True))
+    authorise_wipe(machine, foreign, "", ask=lambda _: "S4EWNX0R", console=Console(quiet=True))
+    authorise_wipe(machine, live, "", ask=lambda _: "", console=Console(quiet=True))  # blank
 
 
 def test_our_own_disk_loses_nothing(machine: Machine, live: Facts) -> None:

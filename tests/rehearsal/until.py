@@ -46,7 +46,9 @@ def provision_until(rehearsal: Rehearsal, pattern: str, *words: str, fingerprint
 
         def check() -> None:
             rehearsal.vm.check()
-            assert fab.poll() is None or said(), f"fab ended before it said {pattern!r}:\n{output.read_text()}"
+            assert fab.poll() is None or said(), (
+                f"fab ended before it said {pattern!r}:\n{output.read_text()}"
+            )
 
         wait_until(said, check, DEADLINE_S, f"fab to say {pattern!r}")
         return output.read_text()
