@@ -306,6 +306,7 @@ def render_apply(plan: Plan, root: str) -> str:
         '  printf "@@begin %s %s\\n" "$1" "$2"',
         f'  set +e\n  (set -euo pipefail\n{FAILED_COMMAND}eval "$3") < /dev/null 2>&1\n  code=$?\n  set -e',
         '  if ((code == 0)); then printf "\\n@@end %s\\n" "$1"; return; fi',
+        FULL,
         '  printf "\\n@@failed %s %s\\n" "$1" "$code"; exit "$code"',
         "}",
     ]
@@ -323,6 +324,11 @@ def render_apply(plan: Plan, root: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+# Said after whatever failed: programs seldom name the file system, and some not even the reason.
+FULL = """\
+  df --block-size=1M --output=avail,target "${root:-/}" "$root/boot" / 2> /dev/null | sort -u | while read -r left place; do
+    if [[ $left != Avail ]] && ((left < 16)); then echo "$place is full: $left MiB are left there; make room on it"; fi
+  done || true"""
 FAILED_COMMAND = """trap 'printf "%s\\n" "command failed with exit $?: $BASH_COMMAND" >&2' ERR\nset -E\n"""
 
 

@@ -22,7 +22,7 @@ from provision.steps import (
 )
 from provision.system.crypt import check_unlock
 from provision.system.layout import layout
-from provision.system.live import signatures
+from provision.system.live import ask_mirrors, signatures
 
 DOWNLOADS = "var/cache/pacman/pkg"
 MICROCODE = {"GenuineIntel": "intel-ucode", "AuthenticAMD": "amd-ucode"}
@@ -88,7 +88,8 @@ else
   find "$root/boot" -mindepth 1 -delete
   downloads=$(find "$root/{DOWNLOADS}" -type f -print -quit 2> /dev/null || true)
   install_base() {{ pacstrap {keyring}"$root" {join(packages.packages)} --noprogressbar; }}
-  install_base || {{ [[ $downloads ]] && install_base; }}
+  {ask_mirrors(machine)}
+  install_base || {{ [[ $downloads ]] && install_base; }} || {{ ask_mirrors; exit 1; }}
   mkdir -p "$root"{BASE_COMPLETE.rpartition("/")[0]}
   sync
   touch "$root"{BASE_COMPLETE}
