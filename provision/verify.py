@@ -1,15 +1,15 @@
 """The proof at the end: boot, units, driver, environment, and a few optimizer steps on the device."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from shlex import quote
 
-from provision.errors import ProvisionError
+from provision.checks import Check, Outcome, parse_checks, render_checks
+from provision.gpu_checks import gpu_checks
 from provision.host import Host
 from provision.machine import Machine
-from provision.steps import prelude
 from provision.system.layout import layout
 from provision.system.python import ENVIRONMENT
+
+__all__ = ["Outcome", "checks", "verify"]
 
 DEADLINE_S = 900  # importing torch takes most of a minute on an emulated processor
 
@@ -33,22 +33,6 @@ name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
 print(f"torch {torch.__version__} on {name}: loss {losses[0]:.2f} -> {losses[-1]:.2f} in 20 steps")
 assert WANT_GPU is False or device == "cuda", "torch does not see the GPU"
 """
-
-
-@dataclass(frozen=True)
-class Check:
-    """`script` prints what it saw; exit 0 means good. `remedy` is what to do otherwise."""
-
-    name: str
-    script: str
-    remedy: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    check: Check
-    good: bool
-    seen: str
 
 
 def checks(machine: Machine, has_gpu: bool) -> list[Check]:
@@ -80,18 +64,7 @@ def checks(machine: Machine, has_gpu: bool) -> list[Check]:
         ),
     ]
     if has_gpu:
-        found += [
-            Check(
-                "driver",
-                "seen=$(</sys/module/nvidia/version); echo $seen; [[ $seen == $(modinfo -F version nvidia) ]]",
-                "nouveau may have been first, or the driver was upgraded without a reboot: mkinitcpio -P, then reboot.",
-            ),
-            Check(
-                "cards",
-                "nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader,nounits",
-                "journalctl -k | grep -E 'NVRM|Xid' names the reason.",
-            ),
-        ]
+        found += gpu_checks()
     learn = LEARN.replace("WANT_GPU", str(has_gpu))
     found.append(
         Check(
@@ -101,22 +74,6 @@ def checks(machine: Machine, has_gpu: bool) -> list[Check]:
         )
     )
     return found
-
-
-def render_checks(wanted: Sequence[Check]) -> str:
-    lines = [prelude("")]
-    for index, check in enumerate(wanted):
-        script = f"timeout 600 bash --norc --noprofile -uo pipefail -c {quote(check.script)} < /dev/null 2>&1"
-        lines.append(f"if seen=$({script}); then good=yes; else good=no; fi")
-        lines.append(f"printf '%s %s %s\\n' {index} $good \"$(tr '\\n' ' ' <<< \"$seen\")\"")
-    return "\n".join(lines) + "\n"
-
-
-def parse_checks(wanted: Sequence[Check], text: str) -> list[Outcome]:
-    answers = [line.split(" ", 2) for line in text.splitlines()]
-    if len(answers) != len(wanted):
-        raise ProvisionError("The answer of the verification is incomplete.", "Run the command again.")
-    return [Outcome(wanted[int(number)], good == "yes", seen.strip()) for number, good, seen in answers]
 
 
 def verify(machine: Machine, host: Host, has_gpu: bool) -> list[Outcome]:
