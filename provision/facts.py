@@ -68,7 +68,7 @@ section used
 if [[ -d /run/archiso ]]; then
   lsblk --raw --noheadings --paths --output NAME,FSTYPE | sort -u | while read -r device kind; do
     used=$(used_bytes "$device" "$kind" 2>/dev/null) && [[ $used ]] && printf '%s %s\n' "$device" "$used"
-  done
+  done || true  # the last one may hold nothing
 fi
 section tpm; cat /sys/class/tpm/tpm0/tpm_version_major 2>/dev/null || true
 section holdings
