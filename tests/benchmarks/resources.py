@@ -28,6 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.benchmarks.ours import BASE
+from tests.benchmarks.results import PATH, write_part
 from tests.sshd import Proxy, Sshd
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -264,7 +265,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--delays", default="0,40", help="round trips in ms")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("RESULTS.md"))
+    parser.add_argument("--out", type=Path, default=PATH)
     options = parser.parse_args()
     delays = [int(text) for text in options.delays.split(",")]
     command = f"python -m tests.benchmarks.resources --rounds {options.rounds} --delays {options.delays}"
@@ -282,7 +283,7 @@ def main() -> None:
             for turn in range(options.rounds):
                 measure_round(bench, ports, turn, times)
                 loads.append(load())
-                options.out.write_text(render(times, turn + 1, delays, loads, command))
+                write_part(render(times, turn + 1, delays, loads, command), options.out)
         finally:
             for proxy in proxies.values():
                 proxy.close()

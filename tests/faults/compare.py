@@ -28,7 +28,7 @@ hashed $(find / -xdev \( -name '*.metal-new' -o -name '*.pacnew' -o -name '*.pac
 section sizes
 find /usr /opt -xdev -path /opt/metal/cache -prune -o ! -type d -printf '%p\t%y %m %U:%G %s %l\n'
 find /usr /opt -xdev -path /opt/metal/cache -prune -o -type d -printf '%p\t%y %m %U:%G\n'
-section units; systemctl list-unit-files --plain --no-legend --no-pager | awk '{ print $1 "\t" $2 }'
+section units; systemctl list-unit-files --plain --no-legend --no-pager | awk '$2 != "transient" { print $1 "\t" $2 }'
 section 'failed units'; systemctl list-units --failed --plain --no-legend --no-pager | awk '{ print $1 "\tfailed" }'
 section 'running services'
 systemctl list-units --type=service --state=running --plain --no-legend --no-pager | awk '{ print $1 "\trunning" }'

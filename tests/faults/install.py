@@ -33,6 +33,19 @@ RUN_DEADLINE_S = 1800  # of one `fab provision`
 ENGAGED_S = 120  # until a `fab` that was started has looked at the machine
 BACK_S = 90  # until a lost connection stands again: it is dialled every 15 s at the latest
 COLLECT_DEADLINE_S = 600
+
+# Spoiled in the new system before its stage begins: else it would find all but its packages done, and no Step of
+# these kinds could be cut there. Step → what spoils it.
+SPOILED = {
+    "file /etc/hosts": "rm /etc/hosts",
+    "file /etc/locale.conf": "chmod 600 /etc/locale.conf",
+    "link /etc/localtime": "rm /etc/localtime",
+    "unit systemd-timesyncd.service": "systemctl --quiet disable --now systemd-timesyncd.service",
+    "directory /home/ml": "chmod 755 /home/ml",
+    "file /etc/systemd/resolved.conf.d/10-mdns.conf": "echo >> /etc/systemd/resolved.conf.d/10-mdns.conf",
+    "file /etc/vconsole.conf": "chown ml /etc/vconsole.conf",
+    "file /boot/loader/loader.conf": "rm /boot/loader/loader.conf",
+}
 DONE = re.compile(r"^\s*done\s+([\d.]+) s  (.*)")
 
 
@@ -183,8 +196,11 @@ class Install:
             # Nobody reaches the new system before it is watched; what is connected still says its last words.
             self.proxy.accepting = False
             self.say("  reboot")
+            spoil = self.stage == "live"
             self.stage = "installed"
             self.wait_for_installed()
+            if spoil:
+                self.inside("\n".join(["set -e", *SPOILED.values()]))
             self.outcome.boots += 1
             self.arm()
             self.proxy.accepting = True
@@ -243,7 +259,6 @@ class Install:
 
     def connection(self, fab: Fab, event: Frozen, cut: Cut) -> Fab:
         """Away for less than a minute, while the machine goes on; `fab` comes back to it by itself."""
-        accepted = self.proxy.accepted
         if cut.drop == "swallow":
             self.proxy.swallow()
         else:
@@ -252,6 +267,7 @@ class Install:
         self.pause(cut.drop_s)
         if cut.drop == "swallow":
             self.proxy.cut(accept=False)
+        accepted = self.proxy.accepted
         self.proxy.mend()
         wait_until(
             lambda: self.proxy.accepted > accepted or fab.process.poll() is not None,
