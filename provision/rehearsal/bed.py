@@ -222,7 +222,9 @@ def has_root_stages(folder: Path, keys: Keys, uv: Path, log: Path) -> bool:
 def build_root_stages(cache: Cache, keys: Keys, uv: Path, log: Path) -> tuple[Path, Path]:
     """(medium, repository): made from one root file system by mounts, chroots and files with owners."""
     debian = cache.stage(
-        "debian", [rootfs.SUITE, *rootfs.DEBIAN_PACKAGES], lambda stage: rootfs.build_debian(stage, log)
+        "debian",
+        [rootfs.SUITE, *rootfs.DEBIAN_PACKAGES, *rootfs.BULK_MODULES],
+        lambda stage: rootfs.build_debian(stage, log),
     )
     inputs: list[str | Path] = [debian.name, Path(rootfs.__file__), *sorted(rootfs.STANDIN.iterdir())]
     dressed = cache.stage("rootfs", inputs, lambda stage: rootfs.build_rootfs(stage, debian, log))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from provision.rehearsal import tools
-from provision.rehearsal.rootfs import ARCH_SERVER, STANDIN, in_root, kernel_version, write
+from provision.rehearsal.rootfs import ARCH_SERVER, STANDIN, in_root, kernel_version, remove, write
 from provision.rehearsal.signing import install_keyring
 
 LABEL = "ARCH_202611"
@@ -25,7 +25,17 @@ CMDLINE = (
     f"archisobasedir=arch archisolabel={LABEL} console=ttyS0 quiet mitigations=off audit=0 "
     "random.trust_cpu=on systemd.show_status=0"
 )
-ENABLED = ("systemd-networkd", "systemd-resolved", "systemd-timesyncd", "pacman-init", "sshd")
+ENABLED = (
+    "systemd-networkd",
+    "systemd-resolved",
+    "systemd-timesyncd",
+    "pacman-init",
+    "sshd",
+    "cloud-init-local",  # these four run where cloud-init's generator finds a volume CIDATA
+    "cloud-init",
+    "cloud-config",
+    "cloud-final",
+)
 MASKED = (  # seconds each in an emulated machine, and nothing that provision looks at
     "sshdgenkeys.service",  # the medium brings its host key, as cloud-init's ssh_keys would
     "systemd-networkd-wait-online.service",
@@ -43,14 +53,56 @@ PermitRootLogin yes
 PasswordAuthentication yes
 HostKey /etc/ssh/ssh_host_ed25519_key
 """
+# These two as in archiso's profile `releng`: whoever asks finds archiso.local.
 NETWORK = """\
 [Match]
-Name=en* eth*
+Type=ether
+Kind=!*
+
+[Link]
+RequiredForOnline=routable
 
 [Network]
-DHCP=ipv4
-IPv6AcceptRA=no
+DHCP=yes
+MulticastDNS=yes
+
+[DHCPv4]
+RouteMetric=100
+
+[IPv6AcceptRA]
+RouteMetric=100
 """
+RESOLVED = """\
+[Resolve]
+MulticastDNS=yes
+"""
+# Debian's configuration made that of Arch; the network stays networkd's, which this version does not know on Arch.
+CLOUD = """\
+disable_root: true
+system_info:
+  distro: arch
+  default_user:
+    name: arch
+    lock_passwd: true
+    gecos: arch Cloud User
+    groups: [wheel, users]
+    sudo: ["ALL=(ALL) NOPASSWD:ALL"]
+    shell: /bin/bash
+  ssh_svcname: sshd
+cloud_config_modules: [ssh-import-id, locale, set-passwords, ntp, timezone, runcmd]
+cloud_final_modules: [write-files-deferred, scripts-per-boot, scripts-per-instance, scripts-user, ssh-authkey-fingerprints,
+  keys-to-console, final-message, power-state-change]
+network: {config: disabled}
+"""
+# What an installed system can have and the ISO has not.
+ABSENT = (
+    "usr/bin/dropbear*",
+    "usr/bin/dbclient",
+    "usr/lib/dropbear",
+    "usr/lib/systemd/system-generators/zram-generator",
+    "usr/lib/systemd/system/systemd-zram-setup@.service",
+    "usr/share/mkinitcpio-utils",
+)
 ENTRY = f"""\
 title Arch Linux install medium (stand-in)
 linux /arch/boot/x86_64/vmlinuz-linux
@@ -112,6 +164,8 @@ def build_medium(stage: Path, root: Path, repository: Path, keys: Keys, log: Pat
     """`medium.img`, the disk; and `live/`, removed again."""
     live = stage / "live"
     tools.run(["cp", "-a", "--reflink=auto", root, live], log=log)
+    for pattern in ABSENT:
+        remove(live, pattern)
     dress(live, keys, log)
     install_keyring(live, repository, log)
     version = kernel_version(live)
@@ -120,6 +174,10 @@ def build_medium(stage: Path, root: Path, repository: Path, keys: Keys, log: Pat
     (live / "tmp/archiso.conf").unlink()
     (live / "tmp/initramfs.img").rename(stage / "initramfs-linux.img")
     shutil.copy(live / "usr/lib/modules" / version / "vmlinuz", stage / "vmlinuz-linux")
+    shutil.rmtree(live / "usr/lib/initcpio/prebuilt")
+    for folder in (live / "usr/lib/modules").iterdir():
+        if folder.name != version:
+            shutil.rmtree(folder)
     squash = ["-comp", "zstd", "-Xcompression-level", "6", "-quiet", "-no-progress"]
     tools.run(["mksquashfs", live, stage / "airootfs.sfs", *squash], log=log)
     shutil.rmtree(live)
@@ -136,6 +194,8 @@ def dress(live: Path, keys: Keys, log: Path) -> None:
     write(live, "etc/fstab", "")
     write(live, "etc/pacman.d/mirrorlist", ARCH_SERVER + "\n")
     write(live, "etc/systemd/network/20-ethernet.network", NETWORK)
+    write(live, "etc/systemd/resolved.conf.d/archiso.conf", RESOLVED)
+    write(live, "etc/cloud/cloud.cfg.d/10-arch.cfg", CLOUD)
     write(live, "etc/ssh/sshd_config.d/10-archiso.conf", SSHD)
     write(live, "etc/ssh/ssh_host_ed25519_key", keys.host.read_text(), 0o600)
     write(live, "etc/ssh/ssh_host_ed25519_key.pub", keys.host_line + "\n")

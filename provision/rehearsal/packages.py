@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from provision.rehearsal import tools
-from provision.rehearsal.rootfs import STANDIN, STANDINS, files, in_root, kernel_version, words
+from provision.rehearsal.rootfs import KERNELS, STANDIN, STANDINS, files, in_root, kernel_version, words
 from provision.rehearsal.signing import INSTALL, keyring_files, sign
 
 BUILD_DATE = 1_700_000_000  # a constant: the same inputs make the same packages
@@ -69,7 +69,33 @@ CUT = (
     ),
     Package("sudo", "core", ("sudo",), backup=("etc/sudoers",)),
     Package("python", "core"),  # by its folder: Debian splits the library over many packages
+    Package("cryptsetup", "core", ("cryptsetup-bin",), depends=("filesystem",)),  # of base, through systemd
     Package("btrfs-progs", "core", ("btrfs-progs",)),
+    Package("xfsprogs", "core", ("xfsprogs", "libinih1", "liburcu8")),
+    Package("lvm2", "core", words("lvm2 dmeventd liblvm2cmd2.03 libdevmapper-event1.02.1 libaio1")),
+    Package("mdadm", "core", ("mdadm",)),
+    Package(
+        "tpm2-tss",
+        "core",
+        words(
+            "libtss2-esys-3.0.2-0 libtss2-mu0 libtss2-rc0 libtss2-sys1 libtss2-tcti-cmd0 libtss2-tcti-device0 libtss2-tcti-mssim0 libtss2-tcti-swtpm0 tpm-udev"
+        ),
+    ),
+    Package("zram-generator", debian=("systemd-zram-generator",)),
+    Package("dropbear", debian=("dropbear-bin", "libtomcrypt1", "libtommath1")),
+    Package(
+        "cloud-init",
+        debian=words("""
+            cloud-init eject isc-dhcp-client isc-dhcp-common lsb-release libyaml-0-2 python3-attr python3-blinker
+            python3-certifi python3-cffi-backend python3-chardet python3-charset-normalizer python3-configobj
+            python3-cryptography python3-idna python3-importlib-metadata python3-importlib-resources python3-jinja2
+            python3-json-pointer python3-jsonpatch python3-jsonschema python3-jwt python3-markupsafe
+            python3-more-itertools python3-netifaces python3-oauthlib python3-pkg-resources python3-pyrsistent
+            python3-requests python3-serial python3-six python3-typing-extensions python3-urllib3 python3-yaml
+            python3-zipp
+        """),
+        depends=("base", "python"),
+    ),
     Package("dosfstools", "core", ("dosfstools",)),
     Package("efibootmgr", "core", ("efibootmgr",)),
     Package("less", "core", ("less",)),
@@ -88,7 +114,7 @@ SYSTEM = Package(
     "core",
     depends=(),
     provides=words("""
-        bash bzip2 ca-certificates coreutils cryptsetup curl dbus device-mapper e2fsprogs file findutils gawk
+        bash bzip2 ca-certificates coreutils curl dbus device-mapper e2fsprogs file findutils gawk
         glibc gnupg grep gzip iproute2 iputils kbd kmod pacman pacman-mirrorlist pciutils procps-ng psmisc sed shadow
         systemd systemd-sysvcompat tar tzdata util-linux xz zstd
     """),
@@ -99,13 +125,37 @@ SYSTEM = Package(
     description="Debian's minimal system",
 )
 BASE = Package(
-    "base", "core", depends=("filesystem", "archlinux-keyring"), description="as on Arch, a list of others"
+    "base",
+    "core",
+    depends=("filesystem", "archlinux-keyring", "cryptsetup"),
+    description="as on Arch, a list of others",
 )
 MKINITCPIO = Package(
     "mkinitcpio", "core", ("busybox-static", "cpio"), version="40-1", provides=("initramfs",)
 )
-# One kernel under two names: the modules lie in the same folder, so only one of the two at a time.
-KERNELS = ("linux", "linux-lts")
+
+
+def hooks(name: str, hook: str, depends: str) -> Package:
+    """A package that brings a hook of mkinitcpio. What it does is done by the stand-in, which knows it by its file."""
+    text = (b"# Done by the stand-in of mkinitcpio.\n", 0o644)
+    places = {f"usr/lib/initcpio/{folder}/{hook}": text for folder in ("install", "hooks")}
+    return Package(name, depends=words(depends), extra=places)
+
+
+HOOKS = (
+    hooks("mkinitcpio-nfs-utils", "net", "base mkinitcpio"),
+    hooks("mkinitcpio-netconf", "netconf", "base mkinitcpio-nfs-utils"),
+    hooks("mkinitcpio-dropbear", "dropbear", "base dropbear mkinitcpio"),
+    hooks("mkinitcpio-utils", "encryptssh", "base mkinitcpio"),
+)
+# Finished parts of initramfs images lie in the package whose files they hold; those of modules with the kernels.
+PREBUILT = "usr/lib/initcpio/prebuilt/"
+PREBUILT_IN = {
+    "base.img": MKINITCPIO.name,
+    "encrypt.img": "cryptsetup",
+    "tpm2.img": "tpm2-tss",
+    "ssh.img": "mkinitcpio-dropbear",
+}
 
 PACCACHE = {
     "usr/lib/systemd/system/paccache.service": unit(
@@ -119,8 +169,7 @@ STAND_INS = (
     standin("linux-firmware", "core"),
     replace(standin("amd-ucode", "core"), extra={"boot/amd-ucode.img": (empty_archive(), 0o644)}),
     replace(standin("intel-ucode"), extra={"boot/intel-ucode.img": (empty_archive(), 0o644)}),
-    standin("linux-headers", "core", depends="base linux"),
-    standin("linux-lts-headers", "core", depends="base linux-lts"),
+    *(standin(f"{kernel}-headers", "core", depends=f"base {kernel}") for kernel in KERNELS),
     standin("base-devel", "core", depends="gcc make"),
     standin("gcc", "core", "gcc g++ cc c++"),
     standin("make", "core", "make"),
@@ -149,7 +198,7 @@ def nvidia_utils() -> Package:
 
 def nvidia_modules(root: Path, name: str, kernel: str) -> Package:
     """A driver's package: a module of Debian's kernel under the name `nvidia`, which modinfo finds as it would the real one."""
-    version = kernel_version(root)
+    version = kernel_version(root, kernel)
     module = next((root / "usr/lib/modules" / version / "kernel").rglob("virtio_pci.ko")).read_bytes()
     return replace(
         standin(name, depends=f"base {kernel} nvidia-utils"),
@@ -171,23 +220,41 @@ def uv(wheel: Path) -> Package:
 
 
 def split(root: Path, owners: Mapping[str, str]) -> dict[str, list[str]]:
-    """Every path of the root by the package that it goes into; what nobody claims is the system's."""
+    """Every path of the root by the package that it goes into; what nobody claims is the system's.
+
+    Modules and their part of an initramfs go into `kernel VERSION`. A folder goes where all that is in it does.
+    """
     claims = {debian: package.name for package in (*CUT, MKINITCPIO) for debian in package.debian}
     ours = {place: "mkinitcpio" for _, place, _ in STANDINS if "initcpio" in place}
+    ours |= {place: "mkinitcpio-utils" for _, place, _ in STANDINS if "mkinitcpio-utils" in place}
     ours |= {f"usr/lib/systemd/system/{name}": "openssh" for name in ("sshd.service", "sshdgenkeys.service")}
+    ours |= {PREBUILT + name: package for name, package in PREBUILT_IN.items()}
+
+    def part_of(path: str) -> str:
+        if path.startswith("usr/lib/modules/"):
+            return f"kernel {path.split('/')[3]}"
+        if path.startswith(PREBUILT + "modules-"):
+            return f"kernel {PurePosixPath(path).name.removeprefix('modules-').removesuffix('.img')}"
+        if claimed := ours.get(path) or claims.get(owners.get(path, "")):
+            return claimed
+        if path.startswith(("usr/lib/python3", "usr/bin/py")):
+            return "python"
+        return SYSTEM.name
+
+    found = [path for path in files(root) if not outside(path)]
     parts: dict[str, list[str]] = {}
-    for path in files(root):
-        if outside(path):
-            continue
-        if path.startswith(("usr/lib/modules/", "usr/lib/initcpio/prebuilt/")):
-            part = "kernel"
-        elif path.startswith("usr/lib/python3") or (path.startswith("usr/bin/py") and not path.endswith("/")):
-            part = "python"
-        elif path.endswith("/"):
-            part = SYSTEM.name
-        else:
-            part = ours.get(path) or claims.get(owners.get(path, ""), SYSTEM.name)
-        parts.setdefault(part, []).append(path.rstrip("/"))
+    inside: dict[str, set[str]] = {}  # folder → packages of the files below it
+    for path in found:
+        if not path.endswith("/"):
+            part = part_of(path)
+            parts.setdefault(part, []).append(path)
+            for parent in PurePosixPath(path).parents:
+                inside.setdefault(str(parent), set()).add(part)
+    for path in found:
+        if path.endswith("/"):
+            folder = path.rstrip("/")
+            below = inside.get(folder, {SYSTEM.name})
+            parts.setdefault(min(below) if len(below) == 1 else SYSTEM.name, []).append(folder)
     return parts
 
 
@@ -262,10 +329,7 @@ def pack(package: Package, paths: Sequence[str], root: Path, repository: Path, l
 def build_repository(stage: Path, rootfs: Path, uv_wheel: Path, signing: Path, log: Path) -> None:
     """`core/os/x86_64` and `extra/os/x86_64` with packages, their signatures and databases."""
     root = rootfs / "root"
-    version = kernel_version(root)
     parts = split(root, json.loads((rootfs / "owners.json").read_text()))
-    pkgbase = f"usr/lib/modules/{version}/pkgbase"
-    kernel = [path for path in parts["kernel"] if path != pkgbase]
     keyring = Package(
         "archlinux-keyring",
         "core",
@@ -274,21 +338,23 @@ def build_repository(stage: Path, rootfs: Path, uv_wheel: Path, signing: Path, l
         install=INSTALL,
         description="the key of this repository",
     )
-    for package in (SYSTEM, *CUT, MKINITCPIO):
-        pack(package, parts[package.name], root, stage, log)
-    for name in KERNELS:
+    for package in (SYSTEM, *CUT, MKINITCPIO, *HOOKS):
+        pack(package, parts.get(package.name, ()), root, stage, log)
+    for name, flavour in KERNELS.items():
+        version = kernel_version(root, name)
         package = Package(
             name,
             "core",
             depends=("base", "initramfs"),
-            conflicts=tuple(other for other in KERNELS if other != name),
-            extra={pkgbase: (f"{name}\n".encode(), 0o644)},
+            conflicts=tuple(other for other in KERNELS if other != name and KERNELS[other] == flavour),
+            extra={f"usr/lib/modules/{version}/pkgbase": (f"{name}\n".encode(), 0o644)},
             version=f"{version.split('-')[0]}-1",
-            description="Debian's cloud kernel standing in",
+            description=f"Debian's kernel {flavour} standing in",
         )
-        pack(package, kernel, root, stage, log)
+        pack(package, parts[f"kernel {version}"], root, stage, log)
     drivers = [
-        nvidia_modules(root, f"nvidia-open{kernel.removeprefix('linux')}", kernel) for kernel in KERNELS
+        nvidia_modules(root, "nvidia-open", "linux"),
+        nvidia_modules(root, "nvidia-open-lts", "linux-lts"),
     ]
     for package in (BASE, keyring, *STAND_INS, nvidia_utils(), *drivers, uv(uv_wheel)):
         pack(package, (), root, stage, log)

@@ -30,12 +30,17 @@ DEBIAN_PACKAGES = (
     ),
     *words(
         "iproute2 iputils-ping procps less ca-certificates curl zstd locales gnupg pciutils e2fsprogs fdisk"
-        " util-linux-extra"  # hwclock
+        " util-linux-extra psmisc"  # hwclock; fuser
     ),
     *words("pacman-package-manager makepkg libarchive-tools"),
     # packages of their own in the repository
-    *words("linux-image-cloud-amd64 openssh-server sudo python3 python3-distutils rsync zsh tmux nano htop"),
-    *words("dosfstools btrfs-progs cryptsetup-bin efibootmgr gdisk parted arch-install-scripts"),
+    *words("linux-image-amd64 linux-image-cloud-amd64"),
+    *words("openssh-server sudo python3 python3-distutils rsync zsh tmux nano htop"),
+    *words("dosfstools btrfs-progs xfsprogs cryptsetup-bin efibootmgr gdisk parted arch-install-scripts"),
+    *words("lvm2 mdadm systemd-zram-generator dropbear-bin"),
+    *words("libtss2-esys-3.0.2-0 libtss2-mu0 libtss2-rc0 libtss2-tcti-device0"),
+    # for the live medium
+    *words("cloud-init"),
     # for the mkinitcpio stand-in
     *words("busybox-static cpio"),
 )
@@ -54,6 +59,7 @@ ARCH_SERVER = "Server = https://geo.mirror.pkgbuild.com/$repo/os/$arch"
 STANDINS = (
     ("mkinitcpio", "usr/bin/mkinitcpio", 0o755),
     ("init", "usr/lib/initcpio/init", 0o755),
+    ("cryptsetup_shell", "usr/share/mkinitcpio-utils/utils/shells/cryptsetup_shell", 0o755),
     ("mkinitcpio.conf", "etc/mkinitcpio.conf", 0o644),
     ("90-mkinitcpio-install.hook", "usr/share/libalpm/hooks/90-mkinitcpio-install.hook", 0o644),
     ("mkinitcpio-alpm", "usr/share/libalpm/scripts/mkinitcpio", 0o755),
@@ -71,7 +77,8 @@ FOREIGN = words("""
     usr/lib/systemd/system/ssh.socket usr/lib/systemd/system/ssh@.service usr/lib/systemd/system/rescue-ssh.target
     usr/lib/systemd/system/apt-* usr/lib/systemd/system/dpkg-* usr/lib/systemd/system/e2scrub*
     usr/lib/systemd/system/man-db* usr/share/bug usr/share/menu var/lib/apt var/cache/apt var/lib/dpkg var/lib/initramfs-tools
-    var/cache/debconf var/log/* etc/ssh/ssh_host_* etc/machine-id etc/hostname etc/resolv.conf boot/* initrd.img* vmlinuz*
+    usr/local/sbin/update-initramfs etc/systemd/zram-generator.conf etc/modules-load.d/*zram* etc/cloud/cloud.cfg.d/90_dpkg.cfg
+    etc/mdadm etc/logcheck var/cache/debconf var/log/* etc/ssh/ssh_host_* etc/machine-id etc/hostname etc/resolv.conf boot/* initrd.img* vmlinuz*
 """)
 
 # What no test looks at and an emulated disk would write for half a minute. Python's library stays whole.
@@ -80,17 +87,38 @@ BULK = words("""
     usr/lib/x86_64-linux-gnu/libperl* usr/share/gcc* usr/share/gdb usr/share/common-licenses usr/lib/klibc*
     usr/share/zoneinfo/right usr/share/zoneinfo/posix usr/lib/udev/hwdb.bin usr/lib/udev/hwdb.d usr/share/bash-completion/*
 """)
+# Below `kernel/` in the folder of modules: what a virtual machine cannot have.
 BULK_MODULES = words("""
-    drivers/infiniband drivers/media drivers/comedi drivers/soundwire drivers/xen drivers/hv drivers/vfio drivers/vhost
-    drivers/thermal drivers/uio drivers/cxl drivers/dax drivers/iio drivers/leds drivers/mfd drivers/power drivers/video
-    drivers/watchdog drivers/cpufreq drivers/ptp drivers/pps drivers/scsi/megaraid drivers/scsi/mpt3sas
-    drivers/scsi/qla2xxx drivers/scsi/lpfc drivers/net/ethernet/[a-hj-z]* drivers/net/wireless drivers/net/hyperv
-    drivers/net/fddi drivers/net/wireguard drivers/net/can drivers/net/ppp drivers/net/team drivers/net/vmxnet3
-    drivers/net/ieee802154 fs/ceph fs/nfs fs/nfsd fs/cachefiles fs/smb fs/orangefs fs/udf fs/xfs fs/zonefs fs/romfs
-    fs/sysv fs/erofs fs/lockd fs/nfs_common fs/netfs fs/fscache sound net/ceph net/sctp net/tipc net/rds net/openvswitch
-    net/batman-adv net/sunrpc net/netfilter/ipvs net/can net/dccp net/9p net/rxrpc net/smc net/vmw_vsock net/mpls
-    net/l2tp net/atm net/bluetooth net/mac80211 net/wireless
+    drivers/accel drivers/accessibility drivers/android drivers/ata/pata_* drivers/ata/sata_* drivers/atm drivers/auxdisplay
+    drivers/bcma drivers/bluetooth drivers/bus drivers/comedi drivers/counter drivers/cpufreq drivers/crypto drivers/cxl
+    drivers/dax drivers/dca drivers/devfreq drivers/dma drivers/edac drivers/extcon drivers/firewire drivers/fpga
+    drivers/gnss drivers/gpio drivers/gpu drivers/greybus drivers/hid drivers/hsi drivers/hv drivers/hwmon drivers/hwtracing
+    drivers/i2c drivers/i3c drivers/iio drivers/infiniband drivers/input drivers/ipack drivers/isdn drivers/leds
+    drivers/macintosh drivers/mailbox drivers/mcb drivers/media drivers/memstick drivers/message drivers/mfd drivers/misc
+    drivers/mmc drivers/most drivers/mtd drivers/mux drivers/net/arcnet drivers/net/can drivers/net/dsa
+    drivers/net/ethernet drivers/net/fddi drivers/net/fjes drivers/net/hamradio drivers/net/hippi drivers/net/hyperv
+    drivers/net/ieee802154 drivers/net/phy drivers/net/plip drivers/net/ppp drivers/net/slip drivers/net/team
+    drivers/net/thunderbolt* drivers/net/usb drivers/net/vmxnet3 drivers/net/wan drivers/net/wireguard drivers/net/wireless
+    drivers/net/wwan drivers/nfc drivers/ntb drivers/nvdimm drivers/parport drivers/pcmcia drivers/perf drivers/phy
+    drivers/pinctrl drivers/platform drivers/power drivers/powercap drivers/pps drivers/ptp drivers/pwm drivers/rapidio
+    drivers/regulator drivers/rpmsg drivers/scsi/[!sv]* drivers/scsi/smartpqi drivers/scsi/snic drivers/siox
+    drivers/soundwire drivers/spi drivers/ssb drivers/staging drivers/target drivers/thermal drivers/thunderbolt
+    drivers/tty drivers/ufs drivers/uio drivers/usb drivers/vdpa drivers/vfio drivers/vhost drivers/video drivers/virt
+    drivers/visorbus drivers/w1 drivers/watchdog drivers/xen
+    fs/9p fs/adfs fs/affs fs/afs fs/befs fs/bfs fs/cachefiles fs/ceph fs/coda fs/cramfs fs/dlm fs/ecryptfs fs/efs fs/erofs
+    fs/f2fs fs/freevxfs fs/fscache fs/gfs2 fs/hfs fs/hfsplus fs/hpfs fs/jffs2 fs/jfs fs/ksmbd fs/lockd fs/minix fs/netfs
+    fs/nfs fs/nfs_common fs/nfsd fs/nilfs2 fs/ntfs fs/ntfs3 fs/ocfs2 fs/omfs fs/orangefs fs/qnx4 fs/qnx6 fs/reiserfs
+    fs/romfs fs/smb fs/sysv fs/ubifs fs/udf fs/ufs fs/vboxsf fs/zonefs
+    net/6lowpan net/9p net/appletalk net/atm net/ax25 net/batman-adv net/bluetooth net/caif net/can net/ceph net/dccp
+    net/dsa net/hsr net/ieee802154 net/l2tp net/lapb net/mac80211 net/mac802154 net/mpls net/netfilter/ipvs net/netrom
+    net/nfc net/openvswitch net/phonet net/qrtr net/rds net/rose net/rxrpc net/sctp net/smc net/sunrpc net/tipc
+    net/vmw_vsock net/wireless net/x25
+    lib/test_* sound
 """)
+# Arch's kernels, and the flavour of Debian's that stands in for each. The general one is what boots everywhere:
+# the medium too, which has `linux` on Arch. The cloud one, without drivers for SATA, is there to be a second.
+KERNELS = {"linux-lts": "amd64", "linux": "cloud-amd64", "linux-zen": "cloud-amd64"}
+BOOTED = "linux-lts"
 KEPT_LOCALES = re.compile(r"(en|de|fr|es)_.*|i18n.*|translit.*|iso14651.*|cns11643.*|C|POSIX|locale")
 KEPT_CHARMAPS = re.compile(r"(UTF-8|ISO-8859-1)\.gz")
 KEPT_CONVERTERS = re.compile(r"UTF.*|ISO8859-1\.so|gconv-modules.*")
@@ -146,8 +174,12 @@ def build_debian(stage: Path, log: Path) -> None:
     if tools.find("mmdebstrap"):
         packages = f"--include={','.join(DEBIAN_PACKAGES)}"
         recommends = '--aptopt=APT::Install-Recommends "false"'
-        paths = [f"--dpkgopt=path-exclude=/usr/share/{place}/*" for place in ("man", "doc", "info", "locale")]
-        options = ["--variant=minbase", "--mode=root", "--format=tar", packages, recommends, *paths]
+        unwanted = [f"/usr/share/{place}/*" for place in ("man", "doc", "info", "locale")]
+        unwanted += [f"/lib/modules/*/kernel/{pattern}/*" for pattern in BULK_MODULES]
+        paths = [f"--dpkgopt=path-exclude={place}" for place in unwanted]
+        # mkinitcpio's stand-in makes the images: Debian's own would take a minute
+        hook = '--essential-hook=ln -s /bin/true "$1/usr/local/sbin/update-initramfs"'
+        options = ["--variant=minbase", "--mode=root", "--format=tar", packages, recommends, *paths, hook]
         tools.run(["mmdebstrap", *options, SUITE, stage / "root.tar", *sources], log=log)
         return
     root = stage / "root"
@@ -165,15 +197,17 @@ def build_rootfs(stage: Path, debian: Path, log: Path) -> None:
     tools.run(["tar", "-C", root, "--numeric-owner", "--xattrs", "-xf", debian / "root.tar"], log=log)
     (stage / "owners.json").write_text(json.dumps(dpkg_owners(root)))
     merge_sbin(root)
-    place_kernel(root)
+    for flavour in set(KERNELS.values()):
+        place_kernel(root, flavour)
     for pattern in FOREIGN + BULK:
         remove(root, pattern)
     slim(root)
     install_standins(root)
     write_arch_files(root)
     in_root(root, ["groupadd", "--system", "wheel"], log)
-    in_root(root, ["depmod", kernel_version(root)], log)
-    prebuild_images(root, log)
+    for flavour in set(KERNELS.values()):
+        in_root(root, ["depmod", flavour_version(root, flavour)], log)
+    in_root(root, ["mkinitcpio", "--prebuild"], log)
 
 
 def canonical(path: str) -> str:
@@ -201,19 +235,26 @@ def merge_sbin(root: Path) -> None:
     (root / "usr/sbin").symlink_to("bin")
 
 
-def kernel_version(root: Path) -> str:
+def flavour_version(root: Path, flavour: str) -> str:
+    """The release of Debian's kernel of that flavour, which is the name of its folder of modules."""
+    pattern = re.compile(rf"[\d.]+-\d+-{re.escape(flavour)}")
     versions = [folder.name for folder in (root / "usr/lib/modules").iterdir()]
-    if len(versions) != 1:
-        raise ProvisionError(f"Expected one kernel in {root}, found {versions or 'none'}.")
-    return versions[0]
+    matching = [version for version in versions if pattern.fullmatch(version)]
+    if len(matching) != 1:
+        raise ProvisionError(f"Expected one kernel {flavour} in {root}, found {versions or 'none'}.")
+    return matching[0]
 
 
-def place_kernel(root: Path) -> None:
+def kernel_version(root: Path, package: str = BOOTED) -> str:
+    """The release of the kernel that stands in for a package of Arch."""
+    return flavour_version(root, KERNELS[package])
+
+
+def place_kernel(root: Path, flavour: str) -> None:
     """The image where Arch's packages have it, beside its modules."""
-    version = kernel_version(root)
+    version = flavour_version(root, flavour)
     modules = root / "usr/lib/modules" / version
     (root / "boot" / f"vmlinuz-{version}").rename(modules / "vmlinuz")
-    (modules / "pkgbase").write_text("linux\n")
     for link in ("build", "source"):
         (modules / link).unlink(missing_ok=True)
     for pattern in BULK_MODULES:
@@ -271,22 +312,6 @@ def write_arch_files(root: Path) -> None:
     write(root, "etc/issue", "Arch Linux \\r (\\l)\n\n")
     write(root, "etc/pacman.d/mirrorlist", f"#{ARCH_SERVER}\n")
     write(root, "usr/lib/systemd/system-preset/99-default.preset", "disable *\n")
-
-
-def prebuild_images(root: Path, log: Path) -> None:
-    """The two initramfs images that the stand-in copies instead of making them in an emulated machine."""
-    version = kernel_version(root)
-    folder = root / "usr/lib/initcpio/prebuilt"
-    folder.mkdir(parents=True)
-    for name, hooks in (
-        ("plain", "base block filesystems"),
-        ("encrypted", "base block sd-encrypt filesystems"),
-    ):
-        write(root, "tmp/hooks.conf", f"HOOKS=({hooks})\n")
-        image = f"/tmp/{name}.img"
-        in_root(root, ["mkinitcpio", "-k", version, "-c", "/tmp/hooks.conf", "-g", image], log)
-        (root / image.lstrip("/")).rename(folder / f"{version}-{name}.img")
-    (root / "tmp/hooks.conf").unlink()
 
 
 def files(root: Path) -> Iterator[str]:

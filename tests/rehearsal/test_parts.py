@@ -86,25 +86,50 @@ def test_every_path_of_the_root_goes_into_one_package(tmp_path: Path) -> None:
         "usr/bin/mkinitcpio",
         "usr/lib/systemd/system/sshd.service",
         "usr/lib/modules/6.1/vmlinuz",
+        "usr/lib/modules/6.1-cloud/kernel/a.ko",
+        "usr/lib/initcpio/prebuilt/modules-6.1.img",
+        "usr/lib/initcpio/prebuilt/tpm2.img",
         "usr/lib/python3.11/os.py",
+        "usr/lib/python3/dist-packages/cloudinit/util.py",
+        "etc/cloud/cloud.cfg",
         "usr/bin/bash",
         "boot/vmlinuz",
+        "etc/hosts",
         "etc/passwd-",
         "root/.bashrc",
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("")
-    parts = packages.split(tmp_path, {"usr/bin/rsync": "rsync", "usr/bin/bash": "bash"})
+    cloud = ("etc/cloud/cloud.cfg", "usr/lib/python3/dist-packages/cloudinit/util.py")
+    owners = {"usr/bin/rsync": "rsync", "usr/bin/bash": "bash"} | dict.fromkeys(cloud, "cloud-init")
+    parts = packages.split(tmp_path, owners)
     assert parts["rsync"] == ["usr/bin/rsync"]
     assert parts["mkinitcpio"] == ["usr/bin/mkinitcpio"]
-    assert parts["openssh"] == ["usr/lib/systemd/system/sshd.service"]
+    assert "usr/lib/systemd/system/sshd.service" in parts["openssh"]
+    assert parts["tpm2-tss"] == ["usr/lib/initcpio/prebuilt/tpm2.img"]
     assert "usr/lib/python3.11/os.py" in parts["python"]
-    assert "usr/lib/modules/6.1/vmlinuz" in parts["kernel"]
-    assert "usr/bin/bash" in parts["filesystem"]
+    assert sorted(parts["kernel 6.1"]) == [
+        "usr/lib/initcpio/prebuilt/modules-6.1.img",
+        "usr/lib/modules/6.1",
+        "usr/lib/modules/6.1/vmlinuz",
+    ]
+    assert "usr/lib/modules/6.1-cloud/kernel" in parts["kernel 6.1-cloud"]
+    assert {*cloud, "etc/cloud"} <= set(parts["cloud-init"]), "a folder goes with all that is in it"
+    assert {"usr/bin/bash", "etc", "usr/lib/modules"} <= set(parts["filesystem"])
     assert "boot" in parts["filesystem"], "the folder itself, for its mode"
     everything = [path for part in parts.values() for path in part]
     assert len(everything) == len(set(everything))
     assert not {"boot/vmlinuz", "etc/passwd-", "root/.bashrc"} & set(everything)
+
+
+def test_kernels_of_several_flavours_are_told_apart(tmp_path: Path) -> None:
+    for version in ("6.1.0-56-amd64", "6.1.0-56-cloud-amd64"):
+        (tmp_path / "usr/lib/modules" / version).mkdir(parents=True)
+    assert rootfs.kernel_version(tmp_path, "linux-lts") == "6.1.0-56-amd64"
+    assert rootfs.kernel_version(tmp_path, "linux") == "6.1.0-56-cloud-amd64"
+    (tmp_path / "usr/lib/modules/6.1.0-57-amd64").mkdir()
+    with pytest.raises(ProvisionError, match="Expected one kernel amd64"):
+        rootfs.kernel_version(tmp_path, "linux-lts")
 
 
 def test_package_description() -> None:
