@@ -45,6 +45,8 @@ section reboot
 [[ -d /usr/lib/modules/$(uname -r)/kernel ]] || echo "the running kernel's modules are gone"
 if [[ -e /sys/module/nvidia/version ]]; then
   [[ $(</sys/module/nvidia/version) == $(modinfo --field version nvidia) ]] || echo "another NVIDIA driver is installed than runs"
+elif grep -qsx 0x10de /sys/bus/pci/devices/*/vendor && modinfo nvidia > /dev/null 2>&1; then
+  echo "the NVIDIA driver is installed and not loaded"
 fi
 section hostname; cat /proc/sys/kernel/hostname
 section os; . /etc/os-release; printf '%s\n' "${ID:-unknown}"

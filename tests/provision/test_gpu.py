@@ -27,7 +27,7 @@ from provision.system.gpu import (
 )
 from provision.system.legacy import LEGACY, SOURCE, build_packages, fetch_source, legacy_driver
 from provision.system.python import CPU_INDEX, LEGACY_INDEX, check_torch, python, torch_index
-from tests.provision.test_system import GOLDEN, NOW, render
+from tests.provision.test_system import GOLDEN, NOW, installed, render
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ADA, AMPERE, HOPPER, TURING, BLACKWELL = 0x2684, 0x2204, 0x2330, 0x1E04, 0x2B85
@@ -601,3 +601,16 @@ def test_root_builds_nothing() -> None:
     assert script.index("runuser") < script.index("makepkg --force")
     assert not re.search(r"^makepkg", script, re.MULTILINE)
     assert set(LEGACY) == {"nvidia-580xx-dkms", "nvidia-580xx-utils"}
+
+
+def test_the_whole_plan_of_a_legacy_machine(legacy: Machine, live: Facts) -> None:
+    for facts in (live, installed(legacy, live)):
+        steps = system(legacy, replace(facts, gpus=cards(PASCAL, TURING)), NOW)
+        names = [step.name for step in steps]
+        (packages,) = [step for step in steps if step.packages]
+        assert {"linux-lts", "linux-lts-headers", "dkms"} <= set(packages.packages)
+        if facts.system == "installed":
+            assert names.index(packages.name) < names.index("source of nvidia-580xx")
+            assert names.index("nvidia modules") < names.index("python environment")
+        else:
+            assert not any("580xx" in name for name in names)
