@@ -196,8 +196,8 @@ def test_every_kernel_gets_modules_from_exactly_one_package(kernels: list[str], 
 
 def test_kernel_and_driver_come_in_one_transaction(machine: Machine, live: Facts) -> None:
     both = replace(machine, system=replace(machine.system, kernels=("linux-lts", "linux")))
-    for installed in (False, True):
-        facts = with_cards(live, ADA, installed=installed)
+    for there in (False, True):
+        facts = with_cards(live, ADA, installed=there)
         merged = [
             step for step in merge_packages([*gpu(both, facts), *gpu_services(both, facts)]) if step.packages
         ]
@@ -495,12 +495,12 @@ def test_golden_steps_of_a_legacy_machine(legacy: Machine, live: Facts, system_n
 def test_nothing_of_the_aur_is_asked_of_pacstrap_and_nothing_of_nvidias_of_the_repositories(
     legacy: Machine, live: Facts
 ) -> None:
-    for installed in (False, True):
-        facts = with_cards(live, PASCAL, installed=installed)
+    for there in (False, True):
+        facts = with_cards(live, PASCAL, installed=there)
         names = {name for step in gpu(legacy, facts) for name in step.packages}
         assert {"dkms", "linux-lts-headers"} <= names
         assert not any("nvidia" in name for name in names)
-        assert ({"git", "base-devel"} <= names) == installed
+        assert ({"git", "base-devel"} <= names) == there
     assert not list(gpu_services(legacy, with_cards(live, PASCAL)))
     order = [step.name for step in gpu_services(legacy, with_cards(live, PASCAL, installed=True))]
     assert order[-3:] == ["driver nvidia-580xx", "nvidia modules", "unit nvidia-persistenced.service"]
