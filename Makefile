@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell test $$(id -u) = 0 || echo sudo)
 
-.PHONY: rehearsal train test check setup clean
+.PHONY: rehearsal train test faults check setup clean
 
 setup: $(VENV)/.ready
 
@@ -28,6 +28,12 @@ train: setup
 test: setup
 	$(BIN)/python -m provision.rehearsal setup
 	$(BIN)/pytest
+
+# The power, the connection and fab cut in every Step: hours. A part: make faults FAULTS="--kinds process --sample 10"
+FAULTS ?= --out tests/faults/RESULTS.md
+faults: setup
+	$(BIN)/python -m provision.rehearsal setup
+	$(BIN)/python -m tests.faults $(FAULTS)
 
 check: setup
 	$(BIN)/ruff check .
