@@ -274,7 +274,9 @@ done
 def make_filesystem(name: str, devices: tuple[str, ...], filesystem: str, mkfs: str) -> Step:
     """A file system where there is none. One that is there, of any kind, is never replaced: it may hold a home."""
     listed = " ".join(devices)
-    kinds = f"for device in {listed}; do blkid --probe --match-tag TYPE --output value $device || echo blank; done | sort -u | xargs"
+    # blkid knows the partition's own entry even where it holds nothing: no status tells, only what is printed.
+    look = "kind=$(blkid --probe --match-tag TYPE --output value $device || true); echo ${kind:-blank}"
+    kinds = f"for device in {listed}; do {look}; done | sort -u | xargs"
     return Script(
         f"format {name}",
         why=f"{filesystem} where nothing is",
