@@ -32,6 +32,8 @@ TOOLS = (
     Tool("rsync", "rsync", "rsync"),
     Tool("setpriv", "util-linux", "util-linux"),
     Tool("/usr/sbin/sshd", "openssh-server", "openssh"),  # for the tests of the transport
+    Tool("dropbear", "dropbear-bin", "dropbear"),  # for those too
+    Tool("cryptsetup", "cryptsetup-bin", "cryptsetup"),
 )
 # What differs between the two distributions: where the firmware lies, and who can make a Debian root.
 DEBIAN_ONLY = (
