@@ -72,10 +72,12 @@ def provision_machine(
         facts = converge(
             machine, facts, host, console, lambda: authorise_wipe(machine, facts, wipe, ask, console)
         )
-        pin(pins, machine.name, read_host_key(host))
-        if machine.disk.unlock == "ssh":
-            pin(pins, unlock_alias(machine.name), read_unlock_key(host))
-        unmount_target(host)
+        key = read_host_key(host)
+        unlock_key = read_unlock_key(host) if machine.disk.unlock == "ssh" else ""
+        unmount_target(host)  # before the pin: a machine whose key is pinned has all of it on its disk
+        pin(pins, machine.name, key)
+        if unlock_key:
+            pin(pins, unlock_alias(machine.name), unlock_key)
         host = reboot_and_find(machine, host, pins, facts, console, ask, sweep=sweep)
         facts = gather_facts(host)
     facts = converge(machine, facts, host, console, lambda: None)
