@@ -22,9 +22,16 @@ DROPS: tuple[tuple[str, float], ...] = (
 )  # fmt: skip
 
 
+# Beginnings of lines that `fab` prints between the Steps and the reboot, and after the last Step: cut there too.
+MOMENTS: dict[Kind, tuple[tuple[Stage, str], ...]] = {
+    "process": (("live", "Probed again"), ("live", "Rebooting."), ("installed", "Probed again")),
+    "power": (("live", "Probed again"), ("installed", "Probed again")),
+}
+
+
 @dataclass(frozen=True)
 class Cut:
-    """`after_s` after Step `step` of `stage` has begun. `stop` is no fault: the run ends there."""
+    """`after_s` after Step `step` of `stage` has begun, or where `fab` prints `line`. `stop` is no fault: the run ends there."""
 
     stage: Stage
     step: str
@@ -32,6 +39,11 @@ class Cut:
     after_s: float = 0.0
     drop: str = "cut"  # of a connection: cut, swallow
     drop_s: float = 1.0
+    line: str = ""
+
+    @property
+    def aim(self) -> str:
+        return self.step or f"after: {self.line}"
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class Hit:
 
     @property
     def on_target(self) -> bool:
-        return self.during == self.cut.step
+        return self.during == self.cut.aim
 
 
 def plan_cuts(
@@ -61,6 +73,7 @@ def plan_cuts(
             for after_s in delays(seconds, chance):
                 drop, drop_s = DROPS[len(found) % len(DROPS)]
                 found.append(Cut(stage, name, kind, round(after_s, 3), drop, drop_s))
+        found += [Cut(stage, "", kind, line=line) for at, line in MOMENTS.get(kind, ()) if at == stage]
     return found
 
 
@@ -116,7 +129,7 @@ def parse_marker(line: str) -> tuple[str, str]:
 def never_hit(cuts: Sequence[Cut], hits: Sequence[Hit]) -> list[tuple[Stage, str]]:
     """(stage, Step) that was to be cut and was at work at no cut."""
     hit = {(hit.cut.stage, hit.during) for hit in hits}
-    wanted = dict.fromkeys((cut.stage, cut.step) for cut in cuts if cut.kind != "stop")
+    wanted = dict.fromkeys((cut.stage, cut.aim) for cut in cuts if cut.kind != "stop")
     return [step for step in wanted if step not in hit]
 
 

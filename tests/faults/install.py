@@ -150,7 +150,7 @@ class Install:
     def until_done(self) -> Outcome:
         began = time.monotonic()
         self.arm()
-        fab = self.start()
+        fab: Fab | None = self.start()
         while fab:
             fab = self.next(fab)
         self.outcome.seconds = time.monotonic() - began
@@ -171,7 +171,7 @@ class Install:
         if isinstance(event, Line) and event.fab is fab:
             if event.text is None:
                 return self.ended(fab)
-            self.heard(fab, event.text)
+            return self.heard(fab, event.text)
         elif isinstance(event, Frozen) and event.watch is self.watches[-1]:
             return self.frozen(fab, event)
         return fab
@@ -186,24 +186,63 @@ class Install:
                 if time.monotonic() > until:
                     raise ProvisionError(f"Waited {deadline_s:.0f} s in vain for {what}.") from None
 
-    def heard(self, fab: Fab, text: str) -> None:
+    def heard(self, fab: Fab, text: str) -> Fab:
+        """Deal with a line that `fab` printed; the `fab` that is at work then."""
         if "following it to its end" in text or "Steps to do" in text or "nothing to do" in text:
             fab.engaged = True
         if found := DONE.match(text):
             steps = self.outcome.steps[self.stage]
             steps[found[2]] = max(steps.get(found[2], 0.0), float(found[1]))
+        for cut in self.cuts:
+            if cut.line and cut.stage == self.stage and text.startswith(cut.line):
+                return self.at_moment(fab, cut)
         if text.startswith("Rebooting."):
             # Nobody reaches the new system before it is watched; what is connected still says its last words.
             self.proxy.accepting = False
-            self.say("  reboot")
-            spoil = self.stage == "live"
-            self.stage = "installed"
-            self.wait_for_installed()
-            if spoil:
-                self.inside("\n".join(["set -e", *SPOILED.values()]))
-            self.outcome.boots += 1
-            self.arm()
+            self.arrive()
             self.proxy.accepting = True
+        return fab
+
+    def arrive(self) -> None:
+        """In the installed system, after its boot."""
+        spoil = self.stage == "live"
+        self.stage = "installed"
+        self.wait_for_installed()
+        self.outcome.boots += 1
+        self.say("  installed system")
+        if spoil:
+            self.inside("\n".join(["set -e", *SPOILED.values()]))
+        self.arm()
+
+    def at_moment(self, fab: Fab, cut: Cut) -> Fab:
+        """Cut where no Step is at work; the same command again."""
+        if cut.kind == "power":
+            self.vm.kill()
+        fab.kill()
+        self.cuts.remove(cut)
+        self.outcome.hits.append(Hit(cut, cut.aim))
+        self.say(f"  {cut.kind:10} cut {cut.aim}")
+        if cut.kind == "power":
+            self.watches[-1].close()
+            self.rehearsal.boot_again()
+            self.redirect()
+            if self.pinned and self.stage == "live":
+                self.arrive()
+            else:
+                self.vm.wait_for_ssh()
+                self.outcome.boots += 1
+                self.arm()
+        elif cut.line == "Rebooting.":
+            self.pause(15)  # whether the host was told in time, its going down tells
+            if self.watches[-1].lost:
+                self.arrive()
+        return self.start()
+
+    @property
+    def pinned(self) -> bool:
+        """Whether this computer knows the installed system's key."""
+        path = self.rehearsal.machines / "known_hosts"
+        return path.exists() and any(line.startswith(f"{NAME} ") for line in path.read_text().splitlines())
 
     def ended(self, fab: Fab) -> Fab | None:
         if fab.process.returncode == 0:
@@ -249,7 +288,7 @@ class Install:
         self.rehearsal.boot_again()
         self.redirect()
         self.outcome.boots += 1
-        self.wait_for_ssh()
+        self.vm.wait_for_ssh()
         self.arm()
         self.proxy.mend()
         if patient:
@@ -292,7 +331,7 @@ class Install:
         while not fab.engaged and fab.process.poll() is None:
             event = self.wait(until - time.monotonic(), "`fab` to look at the machine")
             if isinstance(event, Line) and event.fab is fab and event.text is not None:
-                self.heard(fab, event.text)
+                self.heard(fab, event.text)  # no moment to cut at: the machine stands still
 
     def pause(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -340,14 +379,11 @@ class Install:
             )
         return done.stdout
 
-    def wait_for_ssh(self) -> None:
-        wait_until(lambda: says_ssh(self.vm.ssh_port), self.vm.check, 400, "the machine's sshd")
-
     def wait_for_installed(self) -> None:
         """Until the installed system lets us in: before, the live system may still answer, with another key."""
 
         def answers() -> bool:
-            if not says_ssh(self.vm.ssh_port):
+            if not says_ssh(self.vm.ssh_address, self.vm.ssh_port):
                 return False
             done = subprocess.run([*self.ssh(), "true"], capture_output=True, check=False)
             return done.returncode == 0
@@ -358,7 +394,7 @@ class Install:
         """Watch for the Steps of this stage that are still to be cut."""
         wanted: dict[str, list[float]] = {}
         for cut in self.cuts:
-            if cut.stage == self.stage:
+            if cut.stage == self.stage and cut.step:
                 wanted.setdefault(cut.step, []).append(cut.after_s)
         watch = Watch(self.ssh(), wanted, self.events)
         self.watches.append(watch)

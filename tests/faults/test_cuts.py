@@ -31,14 +31,24 @@ STEPS: Mapping[Stage, Mapping[str, float]] = {
 def test_every_step_is_cut_and_a_long_one_at_rising_places() -> None:
     for kind in KINDS:
         cuts = plan_cuts(STEPS, kind, seed=3)
-        assert list(dict.fromkeys(cut.step for cut in cuts)) == [*STEPS["live"], *STEPS["installed"]]
+        assert list(dict.fromkeys(cut.step for cut in cuts if cut.step)) == [
+            *STEPS["live"],
+            *STEPS["installed"],
+        ]
         places = [cut.after_s for cut in cuts if cut.step == "install 13 packages"]
         assert len(places) == 4
         assert places == sorted(places)
         assert all(0 < place < 45 for place in places)
-        assert all(cut.after_s < 0.1 for cut in cuts if STEPS[cut.stage][cut.step] < 5)
+        assert all(cut.after_s < 0.1 for cut in cuts if STEPS[cut.stage].get(cut.step, 0) < 5)
         assert cuts == plan_cuts(STEPS, kind, seed=3)
         assert cuts != plan_cuts(STEPS, kind, seed=4)
+
+
+def test_between_the_steps_and_the_reboot_is_a_cut_too() -> None:
+    for kind in ("process", "power"):
+        moments = [cut for cut in plan_cuts(STEPS, kind, seed=1) if not cut.step]
+        assert ("live", "after: Probed again") in [(cut.stage, cut.aim) for cut in moments]
+        assert never_hit(moments, [Hit(cut, cut.aim) for cut in moments]) == []
 
 
 def test_a_dropped_connection_is_always_back_within_the_minute() -> None:
