@@ -6,12 +6,17 @@ What the AUR serves is a stand-in: a PKGBUILD of the same shape, of which no dri
 import hashlib
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
+from types import SimpleNamespace
 
 import pytest
 
+from provision.facts import GpuSeen
+from provision.rehearsal.bed import load_wishes
 from provision.steps import Step, make_plan, parse_probes, render_apply, render_probes
+from provision.system.gpu import other_drivers
 from provision.system.legacy import HOME, RECORD, SOURCE, legacy_driver
 from tests.rehearsal.conftest import CACHE
 
@@ -179,6 +184,47 @@ def test_another_commit_and_another_build_are_noticed(box: Box) -> None:
     done = box.run(elsewhere)
     assert done.returncode == 0, done.stdout + done.stderr
     assert box.pending(steps_for(first)) == ["driver nvidia-580xx"]
+
+
+OFFICIAL = """
+pkgname={name}
+pkgver=610.43.02
+pkgrel=1
+arch=('any')
+options=('!strip')
+provides=({provides})
+conflicts=({provides})
+package() {{ install -d "$pkgdir/usr/share/{name}"; }}
+"""
+
+
+def test_the_driver_that_conflicts_goes_first_since_pacman_would_not_remove_it(box: Box) -> None:
+    commit = box.publish("03")
+    own = []
+    for name, provides in (("nvidia-open-lts", "NVIDIA-MODULE"), ("nvidia-utils", "")):
+        recipe = quote(OFFICIAL.format(name=name, provides=provides))
+        own.append(
+            f"install -d -o nobody /tmp/{name}; cd /tmp/{name}; printf %s {recipe} > PKGBUILD\n"
+            f"runuser --user nobody -- env HOME=/tmp/{name} PKGEXT=.pkg.tar makepkg\npacman -U --noconfirm *.pkg.tar"
+        )
+    done = box.run("set -e\n" + "\n".join(own))
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = steps_for(commit)
+    failed = box.apply(steps)
+    assert failed.returncode != 0
+    assert "unresolvable package conflicts" in failed.stdout
+    machine = load_wishes()
+    machine = replace(machine, gpu=replace(machine.gpu, legacy_commit=commit, driver="auto"))
+    seen = SimpleNamespace(gpus=(GpuSeen("0000:01:00.0", 0x1B06),))
+    steps = [*other_drivers(machine, seen), *steps]
+    assert box.pending(steps) == ["no other NVIDIA driver", "driver nvidia-580xx"]
+    done = box.apply(steps)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert box.pending(steps) == []
+    assert box.run("pacman -Qq").stdout.split() == ["nvidia-580xx-dkms", "nvidia-580xx-utils"]
+    assert (
+        box.run("pacman -Q nvidia-utils").stdout == "nvidia-580xx-utils 580.178.03-1\n"
+    )  # what verification asks
 
 
 def test_a_build_that_fails_changes_nothing_and_says_so(box: Box) -> None:
