@@ -26,7 +26,7 @@ ISO_NAME = (
 SWEEP_AT_ONCE = 128
 SWEEP_LIMIT = 1024  # addresses
 CONNECT_S = 1.5  # on a local network an answer takes milliseconds; a packet may get lost
-HANDSHAKE_S = 10.0  # small machines that are booting are slow
+HANDSHAKE_S = 5.0  # a machine that is booting is slow
 
 MAC = re.compile(r"(?:[0-9a-f]{1,2}:){5}[0-9a-f]{1,2}", re.I)
 ADDRESS = re.compile(r"(?<![\w.:])(?:\d{1,3}\.){3}\d{1,3}(?![\w.])")

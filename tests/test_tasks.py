@@ -63,12 +63,12 @@ def box(sshd: Sshd) -> Path:
 
 def test_list_and_help_explain(folder: Path) -> None:
     listed = fab(folder, "--list").stdout
-    for name in ("provision", "plan", "disks", "train", "attach", "fetch-checkpoints"):
+    for name in ("provision", "plan", "disks", "seed", "unlock", "train", "attach", "fetch-checkpoints"):
         assert name in listed
     assert "--wipe" in fab(folder, "--help", "provision").stdout
 
 
-@pytest.mark.parametrize("task", ["provision", "plan", "disks", "train", "fetch-checkpoints"])
+@pytest.mark.parametrize("task", ["provision", "plan", "disks", "unlock", "train", "fetch-checkpoints"])
 def test_without_a_host_nothing_runs_here(folder: Path, task: str) -> None:
     message = refused(fab(folder, task))
     assert "No machine was named." in message
@@ -141,3 +141,23 @@ def test_disks_are_listed_before_a_serial_is_known(sshd: Sshd, box: Path) -> Non
     assert "identity" in (box / "box.local.toml").read_text()
     message = refused(fab(box, "-H", "box", "plan", "--fingerprint", sshd.fingerprint))
     assert "disk.serial is missing" in message
+
+
+def test_a_machine_that_is_not_where_it_was_is_found_by_its_names(sshd: Sshd, box: Path) -> None:
+    """As after a boot of the ISO with a seed: the key is pinned, the address is a new one, the name is known."""
+    local = (
+        f'[ssh]\naddress = "no-such-host.invalid"\nport = {sshd.port}\nidentity = "{sshd.identity}"\n'
+        '[system]\nhostname = "localhost"\n'
+    )
+    (box / "box.local.toml").write_text(local)
+    message = refused(fab(box, "-H", "box", "disks"))
+    assert "no-such-host.invalid" in message, "without a pin a name says nothing"
+    sshd.pin(live=True)
+    done = fab(box, "-H", "box", "disks")
+    assert done.returncode == 0, done.stderr
+    assert "box is at localhost, by its host key." in done.stdout
+    assert "/dev/" in done.stdout
+    sshd.swap_host_key()
+    message = refused(fab(box, "-H", "box", "disks"))
+    assert "no-such-host.invalid" in message
+    assert "authenticat" not in (sshd.folder / "sshd.log").read_text().lower().replace("preauth", "")
