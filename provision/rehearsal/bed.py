@@ -233,7 +233,7 @@ def build_root_stages(cache: Cache, keys: Keys, uv: Path, log: Path) -> tuple[Pa
     )
     repository = cache.stage(
         "repository",
-        [dressed.name, Path(packages.__file__), uv.name, key.name],
+        [dressed.name, Path(packages.__file__), uv.name, key.name],  # standin/ is in dressed.name
         lambda stage: packages.build_repository(stage, dressed, uv, key, log),
     )
     built_medium = cache.stage(

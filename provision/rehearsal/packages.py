@@ -169,19 +169,31 @@ STAND_INS = (
     standin("linux-firmware", "core"),
     replace(standin("amd-ucode", "core"), extra={"boot/amd-ucode.img": (empty_archive(), 0o644)}),
     replace(standin("intel-ucode"), extra={"boot/intel-ucode.img": (empty_archive(), 0o644)}),
-    *(standin(f"{kernel}-headers", "core", depends=f"base {kernel}") for kernel in KERNELS),
     standin("base-devel", "core", depends="gcc make"),
     standin("gcc", "core", "gcc g++ cc c++"),
     standin("make", "core", "make"),
     standin("man-db", "core", "man"),
-    standin("dkms", programs="dkms"),
+    Package(
+        "dkms",
+        extra={
+            "usr/bin/dkms": ((STANDIN / "dkms").read_bytes(), 0o755),
+            "usr/share/libalpm/hooks/70-dkms-install.hook": (
+                (STANDIN / "70-dkms-install.hook").read_bytes(),
+                0o644,
+            ),
+        },
+    ),
     standin("git", programs="git"),
     standin("vim", programs="vim vi"),
     replace(
         standin("pacman-contrib", programs="paccache pacdiff checkupdates"),
         extra={**standin("pacman-contrib", programs="paccache pacdiff checkupdates").extra, **PACCACHE},
     ),
-    standin("nvidia-open-dkms", depends="base dkms nvidia-utils"),
+    Package(
+        "nvidia-open-dkms",
+        depends=("base", "dkms", "nvidia-utils"),
+        extra={"usr/src/nvidia-1/dkms.conf": unit('PACKAGE_NAME="nvidia"\nPACKAGE_VERSION="1"\n')},
+    ),
     standin("nvidia-container-toolkit", programs="nvidia-ctk", depends="base nvidia-utils"),
     standin("cuda", programs="nvcc"),
 )
@@ -204,6 +216,17 @@ def nvidia_modules(root: Path, name: str, kernel: str) -> Package:
         standin(name, depends=f"base {kernel} nvidia-utils"),
         extra={f"usr/lib/modules/{version}/extramodules/nvidia.ko": (module, 0o644)},
         install=f"post_install() {{\n  depmod {version}\n}}\n",
+    )
+
+
+def headers(root: Path, kernel: str) -> Package:
+    """What dkms looks for before it builds."""
+    same = [other for other in KERNELS if other != kernel and KERNELS[other] == KERNELS[kernel]]
+    return Package(
+        f"{kernel}-headers",
+        "core",
+        conflicts=tuple(f"{other}-headers" for other in same),
+        extra={f"usr/lib/modules/{kernel_version(root, kernel)}/build/Makefile": unit("# a stand-in\n")},
     )
 
 
@@ -356,6 +379,7 @@ def build_repository(stage: Path, rootfs: Path, uv_wheel: Path, signing: Path, l
         nvidia_modules(root, "nvidia-open", "linux"),
         nvidia_modules(root, "nvidia-open-lts", "linux-lts"),
     ]
+    drivers += [headers(root, kernel) for kernel in KERNELS]
     for package in (BASE, keyring, *STAND_INS, nvidia_utils(), *drivers, uv(uv_wheel)):
         pack(package, (), root, stage, log)
     for repository in ("core", "extra"):
