@@ -27,7 +27,7 @@ from provision.rehearsal.bed import DEFAULT_CACHE, NAME, Bed
 from provision.rehearsal.loop import Rehearsal, fab_command, lines_of, start
 from provision.rehearsal.vm import Vm
 from provision.steps import Plan, prelude
-from provision.system.disk import MOUNT
+from provision.system.layout import MOUNT
 from tests.benchmarks.results import PATH, write_part
 
 TITLE = "# A whole installation, next to the same commands by hand"

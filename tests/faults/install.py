@@ -223,13 +223,13 @@ class Install:
         self.outcome.hits.append(Hit(cut, cut.aim))
         self.say(f"  {cut.kind:10} cut {cut.aim}")
         if cut.kind == "power":
+            self.proxy.cut()
             self.watches[-1].close()
             self.rehearsal.boot_again()
             self.redirect()
             if self.pinned and self.stage == "live":
                 self.arrive()
             else:
-                self.vm.wait_for_ssh()
                 self.outcome.boots += 1
                 self.arm()
         elif cut.line == "Rebooting.":
@@ -288,7 +288,6 @@ class Install:
         self.rehearsal.boot_again()
         self.redirect()
         self.outcome.boots += 1
-        self.vm.wait_for_ssh()
         self.arm()
         self.proxy.mend()
         if patient:

@@ -80,7 +80,8 @@ class Mishap(Install):
         """What `fab provision` prints, to its end. In `step` it stands still for `deed`, or is killed for lack of one."""
         self.cuts, self.deed = [Cut("live", step, "stop", after_s)] if step else [], deed
         self.arm()
-        at_work = fab = self.start()
+        at_work = self.start()
+        fab: Fab | None = at_work
         while fab:
             fab = self.next(fab)
         return "\n".join(at_work.lines)
