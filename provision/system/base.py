@@ -89,7 +89,7 @@ else
   downloads=$(find "$root/{DOWNLOADS}" -type f -print -quit 2> /dev/null || true)
   install_base() {{ pacstrap {keyring}"$root" {join(packages.packages)} --noprogressbar; }}
   {ask_mirrors(machine)}
-  install_base || {{ [[ $downloads ]] && install_base; }} || {{ ask_mirrors; exit 1; }}
+  install_base || {{ [[ $downloads ]] && install_base; }} || {{ ask_mirrors || true; exit 1; }}
   mkdir -p "$root"{BASE_COMPLETE.rpartition("/")[0]}
   sync
   touch "$root"{BASE_COMPLETE}
@@ -130,10 +130,9 @@ def identity(machine: Machine, facts: Facts) -> Iterator[Step]:
 
 def language_and_time(machine: Machine, facts: Facts) -> Iterator[Step]:
     system = machine.system
-    charset = "UTF-8" if "UTF-8" in system.locale else "ISO-8859-1"
     yield File(
         "/etc/locale.gen",
-        f"{system.locale} {charset}\n",
+        f"{system.locale} UTF-8\n",
         why="the language to generate",
         then="in_target locale-gen",
     )

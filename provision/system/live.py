@@ -71,7 +71,7 @@ def live(machine: Machine, facts: Facts) -> Iterator[Step]:
             probe=f'[[ -e "$root"{BASE_COMPLETE} ]] && echo yes',
             # The one allowed -Sy: nothing else is installed on the ISO, which lives in memory.
             script=f"{KEYRING}{ask_mirrors(machine)}"
-            "pacman -Sy --needed --noconfirm --noprogressbar archlinux-keyring || { ask_mirrors; exit 1; }",
+            "pacman -Sy --needed --noconfirm --noprogressbar archlinux-keyring || { ask_mirrors || true; exit 1; }",
         )
 
 

@@ -6,6 +6,7 @@ The day's cuts are printed; METAL_FAULTS_DAY repeats those of another day. All o
 import os
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from tests.faults.cuts import Cut, rotate
 from tests.faults.install import SPOILED, Fab, Install
 from tests.faults.leaks import find_leaks
 from tests.faults.watch import Frozen
-from tests.sshd import Proxy
+from tests.sshd import Proxy, wait_for
 
 pytestmark = pytest.mark.rehearsal
 
@@ -117,6 +118,17 @@ date --set 'YEAR-02-03 04:05:06'
 """
 
 
+def half_way(mirror: Proxy) -> None:
+    """Some of the packages come through yet, then nobody answers there."""
+    enough = mirror.relayed_bytes + 20_000_000
+
+    def cut() -> None:
+        wait_for(lambda: mirror.relayed_bytes > enough, "packages", deadline_s=300)
+        mirror.cut(accept=False)
+
+    threading.Thread(target=cut).start()
+
+
 def test_faults_that_a_person_mends(bed: Bed, vm: Vm) -> None:
     """Keyring, clock, mirror, disk: what is wrong is named; mended, the same command goes on."""
     install = Mishap(bed, vm, [], SECRET, print)
@@ -141,8 +153,9 @@ def test_faults_that_a_person_mends(bed: Bed, vm: Vm) -> None:
             f"{WRONG_CLOCK.replace('YEAR', '2041')}systemctl start pacman-init.service", deadline_s=200
         )
         with drop_in(install, "pacman-init.service", "[Service]\nExecStartPre=/bin/sleep 8\n"):
-            said = install.provision(step=base, after_s=6, deed=lambda: mirror.cut(accept=False))
+            said = install.provision(step=base, deed=lambda: half_way(mirror))
         assert f"Step '{base}' failed" in said
+        assert "pkg.tar.zst' from 10.0.2.2" in said, "it was in the middle of the packages"
         assert f"the mirror does not answer: http://10.0.2.2{theirs}" in said
         mirror.mend()
 
