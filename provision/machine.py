@@ -88,9 +88,7 @@ class System:
         ),
     ]
     timezone: Annotated[str, Rule(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", "a name such as Europe/Berlin")]
-    locale: Annotated[
-        str, Rule(r"[a-z]{2,3}(_[A-Z]{2})?(\.UTF-8)?(@\w+)?|C\.UTF-8", "a name such as en_US.UTF-8")
-    ]
+    locale: Annotated[str, Rule(r"([a-z]{2,3}_[A-Z]{2}|C)\.UTF-8", "a name such as en_US.UTF-8")]
     keymap: Annotated[str, Rule(r"[A-Za-z0-9_.-]+", "a name such as us or de-latin1")]
     kernels: Annotated[tuple[str, ...], Rule(r"linux(-[a-z0-9-]+)?", "a kernel package such as linux-lts")]
     cmdline: Annotated[str, ONE_LINE]

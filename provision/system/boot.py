@@ -7,6 +7,7 @@ from provision.machine import Machine
 from provision.steps import File, Script, Step, Unit
 from provision.system.crypt import REBUILD
 from provision.system.layout import kernel_options, layout
+from provision.system.mirror import BTRFS_RULE, RULE
 
 # Written out rather than left to the package's default: no `kms`, which would load nouveau before the NVIDIA
 # driver; `microcode` embeds the processor's update, so no initrd line of its own is needed.
@@ -28,9 +29,14 @@ def initramfs(machine: Machine, facts: Facts) -> Iterator[Step]:
         why="keyboard of the text console",
         then=REBUILD,
     )
+    if machine.disk.mirror:
+        yield File(
+            BTRFS_RULE, RULE, why="the root may be mounted without the disk that is gone", then=REBUILD
+        )
+    files = f"FILES+=({BTRFS_RULE})\n" if machine.disk.mirror else ""
     yield File(
         "/etc/mkinitcpio.conf.d/10-metal.conf",
-        f"HOOKS=({hooks(machine)})\n",
+        f"HOOKS=({hooks(machine)})\n{files}",
         why="how the initramfs finds the root",
         then=REBUILD,
     )
@@ -65,10 +71,18 @@ def boot(machine: Machine, facts: Facts) -> Iterator[Step]:
         why="what boots",
     )
     for kernel in kernels:
-        yield File(
-            f"/boot/loader/entries/arch-{kernel}.conf",
-            f"title Arch Linux ({kernel})\nlinux /vmlinuz-{kernel}\ninitrd /initramfs-{kernel}.img\noptions {options}\n",
-            mode=0o700,
-            why="kernel, initramfs and root to boot",
-        )
+        yield entry(f"arch-{kernel}", f"Arch Linux ({kernel})", kernel, options)
+    if machine.disk.mirror:
+        alone = f"{kernel_options(machine, len(facts.nics), degraded=True)} {machine.system.cmdline}".rstrip()
+        yield entry("degraded", "Arch Linux (a disk of the mirror is gone)", kernels[0], alone)
     yield Unit("systemd-boot-update.service", start=False, why="a newer systemd-boot reaches the ESP")
+
+
+def entry(name: str, title: str, kernel: str, options: str) -> Step:
+    """A line of systemd-boot's menu. FAT keeps no modes; fmask=0077 shows every file as 0700."""
+    return File(
+        f"/boot/loader/entries/{name}.conf",
+        f"title {title}\nlinux /vmlinuz-{kernel}\ninitrd /initramfs-{kernel}.img\noptions {options}\n",
+        mode=0o700,
+        why="kernel, initramfs and root to boot",
+    )

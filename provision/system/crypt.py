@@ -72,7 +72,7 @@ def unlock_over_ssh(machine: Machine) -> Iterator[Step]:
     """An sshd in the initramfs, with a host key of its own, where a login is asked for the passphrase.
 
     https://github.com/grazzolini/mkinitcpio-dropbear: its hook takes the whole of /etc/dropbear into the image, and root_key
-    as who may log in.
+    as who may log in. It also takes sshd's RSA and ECDSA keys, which anybody may read there: our sshd has another.
     """
     yield Packages(
         "mkinitcpio-netconf",

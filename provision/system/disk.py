@@ -18,6 +18,7 @@ LEAST_BYTES = 4 * 2**30
 def find_disks(machine: Machine, facts: Facts) -> tuple[Disk, ...]:
     """The disk to install on, and the mirror where there is one; ProvisionError unless they can be used."""
     disk = machine.disk
+    demand_whole_mirror(machine, facts)
     found = [find_disk(machine, facts, disk.serial, "disk.serial")]
     if disk.size_gib and round(found[0].size_bytes / 2**30) != disk.size_gib:
         raise ProvisionError(
@@ -37,6 +38,20 @@ def find_disks(machine: Machine, facts: Facts) -> tuple[Disk, ...]:
                 f"{gibibytes(needed)}."
             )
     return tuple(found)
+
+
+def demand_whole_mirror(machine: Machine, facts: Facts) -> None:
+    """Refuse an installed machine that runs without a disk of its mirror: /boot may be missing with it."""
+    wanted = [serial for serial in (machine.disk.serial, machine.disk.mirror) if serial]
+    gone = [
+        serial for serial in wanted if not any(serial in (disk.serial, *disk.names) for disk in facts.disks)
+    ]
+    if machine.disk.mirror and facts.system == "installed" and len(gone) == 1:
+        raise ProvisionError(
+            f"{facts.hostname} runs without a disk of its mirror: serial {gone[0]} is gone. What is on the other is whole.\n"
+            f"Disks of the machine:\n{describe_disks(facts)}",
+            "Plug it in again, and: btrfs scrub start /. With a new disk: fetch what must not be lost, then install anew from the ISO.",
+        )
 
 
 def swap_mib(machine: Machine, facts: Facts) -> int:

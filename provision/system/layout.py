@@ -23,6 +23,7 @@ ESP_OPTIONS = "fmask=0077,dmask=0077"  # FAT keeps no modes: nobody but root may
 DATA_OPTIONS = (
     "nofail,x-systemd.device-timeout=10"  # a data disk that died must not keep the machine from booting
 )
+DEGRADED = "metal_degraded"  # on the kernel's command line: see the udev rule in mirror.py
 SWAP_FILE = "/swap/swapfile"
 KEY_FILE = (
     "/etc/cryptsetup-keys.d/home.key"  # where systemd-cryptsetup looks for the key of the volume `home`
@@ -146,7 +147,9 @@ def layout(machine: Machine) -> Layout:
         place = f"UUID={home_filesystem}" if home.volume else f"PARTUUID={home.uuid}"
         mounts.append(Mount(place, "/home", "ext4", "rw,relatime", 2))
     esp = next(part for part in parts if part.kind == "esp")
-    mounts.append(Mount(f"PARTUUID={esp.uuid}", "/boot", "vfat", f"rw,relatime,{ESP_OPTIONS}", 2))
+    # Of a mirrored machine the disk with the first ESP may be the one that is gone.
+    wanted = f"rw,relatime,{ESP_OPTIONS}{',nofail' if disk.mirror else ''}"
+    mounts.append(Mount(f"PARTUUID={esp.uuid}", "/boot", "vfat", wanted, 2))
     return Layout(parts, tuple(mounts), root_filesystem, home_filesystem, tuple(name for name, _ in names))
 
 
@@ -190,8 +193,11 @@ def by_dhcp(nics: int) -> str:
     return f"ip={cards[0]}" if len(cards) == 1 else f"ip=ip={':ip='.join(cards)} netconf_timeout=30"
 
 
-def kernel_options(machine: Machine, nics: int) -> str:
-    """What the kernel and the initramfs must be told to find the root. `nics`: how many network cards there are."""
+def kernel_options(machine: Machine, nics: int, *, degraded: bool = False) -> str:
+    """What the kernel and the initramfs must be told to find the root.
+
+    `nics`: how many network cards there are. `degraded`: a disk of the mirror is gone.
+    """
     ids = layout(machine)
     root = ids.mounts[0]
     words = []
@@ -206,7 +212,9 @@ def kernel_options(machine: Machine, nics: int) -> str:
             ]
     words += [f"root={root.source}"]
     if root.filesystem == "btrfs":
-        words += [f"rootflags={root.options.rpartition(',')[2]}"]
+        words += [f"rootflags={'degraded,' if degraded else ''}{root.options.rpartition(',')[2]}"]
+    if degraded:
+        words += [f"{DEGRADED}=1"]
     if machine.disk.swap == "zram":
         words += ["zswap.enabled=0"]  # it would keep in memory what zram keeps there already
     return " ".join([*words, "rw"])

@@ -1,14 +1,30 @@
-"""The second EFI system partition of a mirrored machine, kept as the first: it boots when the first disk is gone."""
+"""A mirrored machine: its second EFI system partition is kept as the first, so that it boots without the first disk.
+
+Not by itself: udev waits for every disk of the root. systemd-boot's menu has an entry for when one is gone.
+"""
 
 from collections.abc import Iterator
 
 from provision.facts import Facts
 from provision.machine import Machine
 from provision.steps import File, Packages, Script, Step, Unit
-from provision.system.layout import ESP_OPTIONS, layout
+from provision.system.layout import DEGRADED, ESP_OPTIONS, layout
 
 SYNC = "/usr/local/lib/metal-to-model/sync-esp"
 LABEL = "Linux Boot Manager (mirror)"
+# Takes the place of systemd's rule of that name, which says of a btrfs that lacks a disk that it is not there.
+BTRFS_RULE = "/etc/udev/rules.d/64-btrfs.rules"
+RULE = f"""\
+SUBSYSTEM!="block", GOTO="done"
+ACTION=="remove", GOTO="done"
+ENV{{ID_FS_TYPE}}!="btrfs", GOTO="done"
+ENV{{SYSTEMD_READY}}=="0", GOTO="done"
+IMPORT{{builtin}}="btrfs ready $devnode"
+IMPORT{{cmdline}}="{DEGRADED}"
+ENV{{{DEGRADED}}}=="1", GOTO="done"
+ENV{{ID_BTRFS_READY}}=="0", ENV{{SYSTEMD_READY}}="0"
+LABEL="done"
+"""
 OWN = "--exclude=random-seed"  # one for each ESP
 
 
@@ -35,8 +51,9 @@ sync --file-system "$second"
     )
     yield File(
         "/etc/systemd/system/metal-sync-esp.service",
-        f"[Unit]\nDescription=Second EFI system partition as the first\nRequiresMountsFor=/boot\n\n"
-        f"[Service]\nType=oneshot\nExecStart={SYNC}\n\n[Install]\nWantedBy=multi-user.target\n",
+        f"[Unit]\nDescription=Second EFI system partition as the first\nRequiresMountsFor=/boot\n"
+        "StartLimitIntervalSec=0\n\n"  # an update of several kernels changes /boot often
+        f"[Service]\nType=oneshot\nExecStartPre=/usr/bin/sleep 2\nExecStart={SYNC}\n\n[Install]\nWantedBy=multi-user.target\n",
         why="at each boot",
     )
     yield File(

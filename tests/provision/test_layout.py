@@ -234,3 +234,11 @@ def test_no_data_disk_is_formatted_that_is_not_blank(tmp_path: Path, several: Fa
     steps = system(machine, installed(machine, several), NOW)
     formatting = [step for step in steps if "mkfs" in step.script]
     assert [step.name for step in formatting] == ["data disk /dev/sdc"]
+
+
+def test_a_machine_that_lost_a_disk_of_its_mirror_says_so(tmp_path: Path, several: Facts) -> None:
+    machine = wish(tmp_path / "machines", 'filesystem = "btrfs"\nmirror = "SECOND1"\n')
+    facts = installed(machine, several)
+    alone = replace(facts, disks=tuple(disk for disk in facts.disks if disk.serial != "SECOND1"))
+    with pytest.raises(ProvisionError, match="runs without a disk of its mirror: serial SECOND1 is gone"):
+        system(machine, alone, NOW)
