@@ -7,7 +7,7 @@ table has its MAC, and, if that is allowed, in the subnet. Found means: that key
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +24,7 @@ from provision.unlock import Opener
 
 ELSEWHERE_AFTER_S = 30.0  # of silence at the old address, before others are tried
 ELSEWHERE_TIMEOUT_S = 3.0
+SEEN_TIMEOUT_S = 15.0  # where its key was seen: a machine that boots is slow
 SWEEP_AFTER_S = 180.0  # most machines are back by then
 SWEEP_EVERY_S = 60.0
 ANSWER_S = 60.0  # for a person; the machine is not looked for meanwhile
@@ -92,17 +93,18 @@ class Finder:
     say: Progress
     may_sweep: bool | None = None  # None: nobody was asked yet
     swept_at: float = 0.0
+    seen_at: list[str] = field(default_factory=list)  # where it answered, and was not ready yet
+    seen_when: float = float("-inf")
 
     @property
     def name(self) -> str:
         return self.wanted.machine.name
 
-    def look(self, address: str = "") -> Look:
+    def look(self, address: str = "", timeout_s: float = ELSEWHERE_TIMEOUT_S) -> Look:
         """One attempt at one address, "" being the machine's own. The system before the reboot may still answer."""
         wanted = self.wanted
         if address:
-            there = at_address(wanted.machine, address)
-            wanted = replace(wanted, machine=there, timeout_s=min(ELSEWHERE_TIMEOUT_S, wanted.timeout_s))
+            wanted = replace(wanted, machine=at_address(wanted.machine, address), timeout_s=timeout_s)
         try:
             host = Host(wanted, progress=self.say)
         except Locked as error:
@@ -152,7 +154,7 @@ class Finder:
             if not here.ours and (here.final or waited > self.search.elsewhere_after_s):
                 if host := self.look_at(self.search.places()):
                     return host
-                if not here.final and waited > self.search.sweep_after_s and (host := self.look_around()):
+                if not here.final and self.may_look_around(waited) and (host := self.look_around()):
                     return host
             if here.final:
                 raise here.final
@@ -167,22 +169,31 @@ class Finder:
 
     def look_at(self, places: Iterable[str]) -> Host | None:
         """At other addresses. Who answers there with a key that is not the machine's is somebody else."""
-        for place in dict.fromkeys(places):
-            there = self.look(place)
+        for place in dict.fromkeys([*self.seen_at, *places]):
+            there = self.look(place, SEEN_TIMEOUT_S if place in self.seen_at else ELSEWHERE_TIMEOUT_S)
             if there.host:
                 return there.host
             if there.ours and there.final:
                 raise there.final
             if there.ours:
                 self.say(f"{place}: {there.seen}")
+                self.seen_at, self.seen_when = [place], time.monotonic()
         return None
+
+    def may_look_around(self, waited: float) -> bool:
+        """Not as long as it may just be slow, nor when it was seen on its way back a moment ago."""
+        search = self.search
+        seen_lately = time.monotonic() - self.seen_when < search.sweep_every_s
+        return not seen_lately and waited > (
+            search.elsewhere_after_s if search.unasked else search.sweep_after_s
+        )
 
     def look_around(self) -> Host | None:
         """In the subnet, if that is allowed. Only where the key is the machine's is anybody logged in to."""
         network = self.search.network
         if network is None:
             return None
-        first = self.may_sweep is None
+        first, found = self.may_sweep is None, []
         if self.may_sweep is None:
             what = f"{network.num_addresses} addresses of {network} for the host key of {self.name}, without logging in"
             self.may_sweep = self.search.unasked or (
@@ -192,11 +203,11 @@ class Finder:
             self.say(f"looking for its key in {network}")
             machine = self.wanted.machine
             keys = pinned_keys(machine, self.wanted.pins)
-            found = sweep(network, machine.ssh.port, keys)
+            found = self.seen_at = sweep(network, machine.ssh.port, keys)
             self.swept_at = time.monotonic()
-            if host := self.look_at(found):
+            if host := self.look_at(()):
                 return host
-        return self.ask_address() if first else None
+        return self.ask_address() if first and not found else None
 
     def ask_address(self) -> Host | None:
         """A person's answer, "" to go on waiting."""
