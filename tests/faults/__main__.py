@@ -130,7 +130,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds: list[Kind] = list(KINDS)
-    parser.add_argument("--kinds", type=parse_kinds, default=kinds, help=f"of {', '.join(KINDS)}")
+    parser.add_argument(
+        "--kinds", type=parse_kinds, default=kinds, help=f"of {', '.join(KINDS)}; '' for none"
+    )
     parser.add_argument("--stages", type=parse_stages, default=list(STAGES), help=f"of {', '.join(STAGES)}")
     parser.add_argument("--sample", type=int, default=0, help="so many cuts of each kind, by chance; 0: all")
     parser.add_argument("--seed", type=int, default=1, help="for the places within the Steps, and the sample")

@@ -134,8 +134,8 @@ def never_hit(cuts: Sequence[Cut], hits: Sequence[Hit]) -> list[tuple[Stage, str
 
 
 def parse_kinds(text: str) -> list[Kind]:
-    """`power,connection` as kinds; ValueError names a wrong one."""
-    return [cast(Kind, choice(word, KINDS)) for word in text.split(",")]
+    """`power,connection` as kinds, "" as none; ValueError names a wrong one."""
+    return [cast(Kind, choice(word, KINDS)) for word in text.split(",") if word]
 
 
 def parse_stages(text: str) -> list[Stage]:
