@@ -58,11 +58,10 @@ class Search:
 
 def search_from(machine: Machine, host: Host, macs: Collection[str], ask: Ask, *, unasked: bool) -> Search:
     """Where to look for a machine that answers at the address of `host` now."""
-    old = host.peer
-    places = [old] if old else []
+    own = machine.ssh.address or machine.name
     return Search(
-        places=lambda: [*places, *elsewhere(machine, macs)],
-        network=subnet(old, load_interfaces()),
+        places=lambda: [place for place in (host.peer, *elsewhere(machine, macs)) if place not in ("", own)],
+        network=subnet(host.peer, load_interfaces()),
         unasked=unasked,
         ask=ask,
     )

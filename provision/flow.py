@@ -107,6 +107,7 @@ def reboot_and_find(
 
     `sweep`: its subnet may be looked through without asking anybody.
     """
+    machine = host.wanted.machine  # with the address where it was found
     opener = opener_for(machine)
     console.print("Rebooting.")
     reboot(host)

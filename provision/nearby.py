@@ -74,9 +74,8 @@ def names(machine: Machine) -> list[str]:
 
 
 def elsewhere(machine: Machine, macs: Collection[str]) -> list[str]:
-    """Where the machine may answer after a reboot, beside its old address."""
-    places = [machine.ssh.address or machine.name, *names(machine), *neighbours(load_neighbours(), macs)]
-    return list(dict.fromkeys(places))
+    """Where the machine may answer after a reboot, beside its address: under its names, and beside its MACs."""
+    return [*names(machine), *neighbours(load_neighbours(), macs)]
 
 
 # Host keys
