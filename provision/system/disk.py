@@ -169,7 +169,8 @@ def fstab(machine: Machine, facts: Facts) -> Iterator[Step]:
         lines.append(f"{wanted.source} {wanted.folder} {wanted.filesystem} {wanted.options} 0 {wanted.check}")
     for part in ids.of("swap"):
         encrypted = machine.disk.encryption == "luks"
-        lines.append(f"{'/dev/mapper/swap' if encrypted else f'PARTUUID={part.uuid}'} none swap defaults 0 0")
+        device = "/dev/mapper/swap" if encrypted else f"PARTUUID={part.uuid}"
+        lines.append(f"{device} none swap {'nofail' if machine.disk.mirror else 'defaults'} 0 0")
     if machine.disk.swap == "file":
         lines.append(f"{SWAP_FILE} none swap defaults 0 0")
     yield File(
