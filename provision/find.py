@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.status import Status
 
 from provision.dial import Wanted
 from provision.errors import Locked, ProvisionError, UnknownKey
@@ -94,6 +95,8 @@ class Finder:
     swept_at: float = 0.0
     seen_at: list[str] = field(default_factory=list)  # where it answered, and was not ready yet
     seen_when: float = float("-inf")
+    started: float = field(default_factory=time.monotonic)
+    told: dict[str, str] = field(default_factory=dict)  # what was last said of a place
 
     @property
     def name(self) -> str:
@@ -142,14 +145,19 @@ class Finder:
         except ProvisionError as error:
             return Look(final=error, ours=True)
 
+    def tell(self, place: str, text: str) -> None:
+        """Say what is seen there, when it changes."""
+        if self.told.get(place) != text:
+            self.told[place] = text
+            self.say(f"{time.monotonic() - self.started:.0f} s: {text}")
+
     def find(self, deadline_s: float, poll_s: float) -> Host:
         """Look until it is found; ProvisionError at the deadline, or where waiting longer will not help."""
-        started, last = time.monotonic(), ""
         while True:
             here = self.look()
             if here.host:
                 return here.host
-            waited = time.monotonic() - started
+            waited = time.monotonic() - self.started
             if not here.ours and (here.final or waited > self.search.elsewhere_after_s):
                 if host := self.look_at(self.search.places()):
                     return host
@@ -157,9 +165,7 @@ class Finder:
                     return host
             if here.final:
                 raise here.final
-            if here.seen != last:
-                self.say(f"{waited:.0f} s: {here.seen}")
-                last = here.seen
+            self.tell("", here.seen)
             if waited > deadline_s:
                 if not here.ours and (host := self.ask_address()):
                     return host
@@ -175,7 +181,7 @@ class Finder:
             if there.ours and there.final:
                 raise there.final
             if there.ours:
-                self.say(f"{place}: {there.seen}")
+                self.tell(place, f"{place}: {there.seen}")
                 self.seen_at, self.seen_when = [place], time.monotonic()
         return None
 
@@ -199,7 +205,7 @@ class Finder:
                 self.search.ask(f"Look at the {what}? [yes/no] ", ANSWER_S).lower() == "yes"
             )
         if self.may_sweep and (first or time.monotonic() - self.swept_at > self.search.sweep_every_s):
-            self.say(f"looking for its key in {network}")
+            self.tell(str(network), f"looking for its key in {network}")
             machine = self.wanted.machine
             keys = pinned_keys(machine, self.wanted.pins)
             found = self.seen_at = sweep(network, machine.ssh.port, keys)
@@ -220,7 +226,6 @@ class Finder:
                 return there.host
             if there.ours and there.final:
                 raise there.final
-            self.say(there.seen)
             question = f"{there.seen}\nIts address (empty: none): "
         return None
 
@@ -264,6 +269,17 @@ def opener_for(machine: Machine) -> Opener | None:
     return Opener(reveal(machine.disk.passphrase)) if machine.disk.unlock == "ssh" else None
 
 
+def tell_on(console: Console, status: Status) -> Progress:
+    """What is seen meanwhile: in the spinner's line; where there is no terminal, in the log."""
+
+    def tell(text: str) -> None:
+        status.update(escape(text))
+        if not console.is_terminal:
+            console.print(f"  {escape(text)}", highlight=False, soft_wrap=True)
+
+    return tell
+
+
 def unlock_machine(machine: Machine, pins: Path, key_files: Sequence[str], console: Console) -> Host:
     """Give a machine that waits for it the passphrase of its disk, and wait until it runs."""
     if not machine.disk.passphrase:
@@ -281,7 +297,7 @@ def unlock_machine(machine: Machine, pins: Path, key_files: Sequence[str], conso
             deadline_s=BOOT_S,
             opener=opener,
             key_files=key_files,
-            on_wait=lambda text: status.update(escape(text)),
+            on_wait=tell_on(console, status),
         )
     console.print(f"Its disk is open, and {machine.name} runs.")
     return host

@@ -23,7 +23,7 @@ from provision.apply import (
 from provision.dial import own_keys
 from provision.errors import ProvisionError
 from provision.facts import Disk, Facts
-from provision.find import BOOT_S, opener_for, reconnect_after_reboot, search_from
+from provision.find import BOOT_S, opener_for, reconnect_after_reboot, search_from, tell_on
 from provision.host import Host
 from provision.machine import Machine, save_local, state_folder
 from provision.person import Ask, ask_person
@@ -131,7 +131,7 @@ def reboot_and_find(
             opener=opener,
             search=search,
             key_files=host.wanted.key_files,
-            on_wait=lambda text: status.update(escape(text)),
+            on_wait=tell_on(console, status),
         )
     console.print(f"Found again at {found.address}, by the host key that it was given.")
     if found.wanted.host != host.wanted.host:
