@@ -20,6 +20,7 @@ from provision.secrets import Secret
 
 STATE = "/var/lib/metal-to-model"
 BASE_COMPLETE = f"{STATE}/base-complete"  # last thing that the first installation writes: without it the root is unfinished
+IN_DOUBT = f"{STATE}/packages-in-doubt"  # while pacman is at work, and until all that it wrote is on the disk
 SECRETS = "/run/metal/secrets"  # in memory on both systems, for root only, and only while Steps are applied
 
 
@@ -111,17 +112,41 @@ def Link(path: str, target: str, *, why: str) -> Step:
 
 
 def Packages(*names: str, why: str) -> Step:
-    """Packages of the configured repositories. `merge_packages` makes one transaction of all in a plan."""
+    """Packages of the configured repositories. `merge_packages` makes one transaction of all in a plan.
+
+    Where the power went before it was all on the disk, files may be empty that pacman counts as installed, its own
+    too: what it installed since is installed once more.
+    """
     wanted = join(names)
+    # Never -Sy alone: a partial upgrade is unsupported on Arch (wiki, System maintenance).
+    pacman = "in_target pacman -Syu --noconfirm --noprogressbar"
     return Step(
         name=f"packages {' '.join(names)}",
         why=why,
-        probe=f'pacman --root "${{root:-/}}" --deptest {wanted} || true',  # prints those that nothing installed provides
+        # --deptest prints those that nothing installed provides
+        probe=f'[[ ! -e "$root"{IN_DOUBT} ]] || echo unfinished\npacman --root "${{root:-/}}" --deptest {wanted} || true',
         expect="",
-        # Never -Sy alone: a partial upgrade is unsupported on Arch (wiki, System maintenance).
-        script=f"groups=$({{ in_target pacman -Sg {wanted} 2> /dev/null || true; }} | cut -d' ' -f1 | sort -u | xargs)\n"
-        '[[ -z $groups ]] || { echo "not packages but groups of them, name those you want: $groups"; exit 1; }\n'
-        f"in_target pacman -Syu --needed --noconfirm --noprogressbar {wanted}",
+        script=f"""groups=$({{ in_target pacman -Sg {wanted} 2> /dev/null || true; }} | cut -d' ' -f1 | sort -u | xargs)
+[[ -z $groups ]] || {{ echo "not packages but groups of them, name those you want: $groups"; exit 1; }}
+doubt="$root"{IN_DOUBT} pacman="$root"/var/lib/pacman again=
+transaction() {{
+  [[ -z $again ]] || {pacman} --overwrite '*' $again || return
+  {pacman} --needed ${{again:+--overwrite '*'}} {wanted}
+}}
+if [[ -e $doubt ]]; then
+  rm -f "$pacman/db.lck" "$pacman"/sync/*
+  find "$pacman/local" -mindepth 2 -maxdepth 2 -name desc -size 0 -printf '%h\\0' | xargs --null --no-run-if-empty rm -r
+  again=$(find "$pacman/local" -mindepth 1 -maxdepth 1 -type d -newer "$doubt" -printf '%f\\n' | sed 's/-[^-]*-[^-]*$//')
+  transaction || transaction  # a download may be spoiled too: pacman deletes it, and fails
+else
+  mkdir -p "${{doubt%/*}}"
+  touch "$doubt"
+  sync
+  transaction || {{ code=$?; sync; rm "$doubt"; exit "$code"; }}
+fi
+sync
+rm "$doubt"
+""",
         packages=names,
         disturbs_runs=True,
     )
@@ -305,22 +330,25 @@ def render_apply(plan: Plan, root: str) -> str:
         "run_step() {",
         '  printf "@@begin %s %s\\n" "$1" "$2"',
         f'  set +e\n  (set -euo pipefail\n{FAILED_COMMAND}eval "$3") < /dev/null 2>&1\n  code=$?\n  set -e',
-        '  if ((code == 0)); then printf "\\n@@end %s\\n" "$1"; return; fi',
+        '  if ((code == 0)); then [[ -z ${4-} ]] || settled+=("$root$4"); printf "\\n@@end %s\\n" "$1"; return; fi',
         FULL,
         '  printf "\\n@@failed %s %s\\n" "$1" "$code"; exit "$code"',
         "}",
     ]
-    if any(planned.step.secret for planned in plan.pending):
-        lines.append(f"trap 'rm -rf {SECRETS}' EXIT")
+    # What a `then` made is owed until it is on the disk. One sync for all of them, at the end.
+    lines += ["settled=()", """settle() { ((${#settled[@]} == 0)) || { sync; rm "${settled[@]}"; }; }"""]
+    secrets = any(planned.step.secret for planned in plan.pending)
+    lines.append(f"trap 'settle{f'; rm -rf {SECRETS}' if secrets else ''}' EXIT")
     for index, planned in enumerate(plan.pending):
         step = planned.step
-        parts = [step.script]
+        parts, settled = [step.script], ""
         if step.then:
             owed = flag(step.then)
             parts.insert(0, f'mkdir -p "$root"{STATE}/then; touch "$root"{owed}')
             if last[step.then] == index:
-                parts.append(f'{step.then}\nrm "$root"{owed}')
-        lines.append(f"run_step {index} {quote(step.name)} {quote(chr(10).join(parts))}")
+                parts.append(step.then)
+                settled = f" {owed}"
+        lines.append(f"run_step {index} {quote(step.name)} {quote(chr(10).join(parts))}{settled}")
     return "\n".join(lines) + "\n"
 
 

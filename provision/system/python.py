@@ -81,6 +81,7 @@ def python(machine: Machine, facts: Facts) -> Iterator[Step]:
         join(["uv", "venv", "--python", wanted.interpreter, folder]),
         join(first),
         join([*install, wanted.torch, *wanted.packages]),
+        "sync",  # before the link: what it leads to is all on the disk
         f"ln -sfnT {folder} {ENVIRONMENT}.new",
         f"mv -T {ENVIRONMENT}.new {ENVIRONMENT}",
     ]

@@ -1,5 +1,6 @@
 """Steps run for real: their bash, in a scratch root that borrows this computer's programs."""
 
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -166,7 +167,7 @@ def test_packages_merge_into_one_transaction_at_the_first_place() -> None:
     merged = merge_packages(steps)
     assert [step.packages for step in merged] == [("a", "b", "c"), ()]
     assert merged[0].why == "a b: one; b c: two"
-    assert "pacman -Syu --needed --noconfirm --noprogressbar a b c" in merged[0].script
+    assert re.search(r"pacman -Syu [^\n]* --needed [^\n]* a b c\n", merged[0].script)
     assert merge_packages(steps[1:2]) == steps[1:2]
 
 
