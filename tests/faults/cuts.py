@@ -101,7 +101,8 @@ def sample_cuts(cuts: Sequence[Cut], count: int, seed: int) -> list[Cut]:
 def rotate(steps: Mapping[Stage, Sequence[str]], day: int) -> list[Cut]:
     """The few cuts of one day's tests: another day, other Steps. One Step is never cut twice.
 
-    The power in one Step of each stage, `fab` at two, the connection at three of the live stage.
+    The power in one Step of each stage, `fab` at two, the connection at three of the live stage. Every second day the
+    power goes while pacman works on the installed system, whose Step is the first of its stage.
     """
     chance = random.Random(f"day {day}")
     live = chance.sample(list(steps["live"]), 6)
@@ -112,10 +113,11 @@ def rotate(steps: Mapping[Stage, Sequence[str]], day: int) -> list[Cut]:
         for name, kind in zip(live, kinds, strict=True)
     ]
     found.sort(key=lambda cut: place[cut.step])
-    return [
-        *found,
-        Cut("installed", chance.choice(list(steps["installed"])), "power", chance.choice((0.5, 3))),
-    ]
+    packages, *others = steps["installed"]
+    last = Cut("installed", packages, "power", round(chance.uniform(0, LONG_S), 3))
+    if chance.random() < 0.5:
+        last = Cut("installed", chance.choice(others), "power", chance.choice((0.0, 0.02)))
+    return [*found, last]
 
 
 def parse_marker(line: str) -> tuple[str, str]:

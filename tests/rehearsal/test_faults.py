@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 
 import pytest
@@ -19,7 +20,8 @@ from provision.machine import load_machine
 from provision.rehearsal.bed import NAME, Bed
 from provision.rehearsal.loop import fab_command
 from provision.rehearsal.vm import Vm
-from provision.system import system
+from provision.steps import merge_packages
+from provision.system import CONCERNS, system
 from tests.faults.cuts import Cut, rotate
 from tests.faults.install import SPOILED, Fab, Install
 from tests.faults.leaks import find_leaks
@@ -38,6 +40,14 @@ def live_steps(install: Install) -> list[str]:
     return [step.name for step in system(machine, parse_facts(install.inside(PROBE)), int(time.time()))]
 
 
+def installed_steps(install: Install) -> list[str]:
+    """Names of the Steps that will have something to do in the new system, but for the last."""
+    machine = load_machine(NAME, install.rehearsal.machines)
+    facts = replace(parse_facts(install.inside(PROBE)), system="installed", owner=NAME)
+    steps = merge_packages(step for concern in CONCERNS for step in concern(machine, facts))
+    return [*(step.name for step in steps if step.packages), *SPOILED]
+
+
 def test_cut_in_todays_steps_and_run_again(bed: Bed, vm: Vm) -> None:
     """The power, the connection and `fab` cut in Steps of both stages, in one installation that succeeds all the same.
 
@@ -47,7 +57,7 @@ def test_cut_in_todays_steps_and_run_again(bed: Bed, vm: Vm) -> None:
     day = int(os.environ.get("METAL_FAULTS_DAY", date.today().toordinal()))
     install = Install(bed, vm, [], SECRET, print)
     with install.machine():
-        cuts = rotate({"live": live_steps(install), "installed": list(SPOILED)}, day)
+        cuts = rotate({"live": live_steps(install), "installed": installed_steps(install)}, day)
         print(f"METAL_FAULTS_DAY={day}", *cuts, sep="\n")
         install.cuts = [*cuts, Cut("installed", LAST, "stop", 1.0)]
         outcome = install.until_done()
