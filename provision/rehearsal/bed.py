@@ -251,7 +251,7 @@ def choose_accelerator(cache: Cache, kernel: Path) -> qemu.Accelerator:
     def probe(stage: Path) -> None:
         (stage / "name").write_text("kvm" if kvm_works(kernel, stage / "console.log") else "tcg")
 
-    stage = cache.stage("accelerator", [boot_id, str(kernel)], probe)
+    stage = cache.stage("accelerator", [boot_id, kernel], probe)
     return qemu.KVM if (stage / "name").read_text() == "kvm" else qemu.TCG
 
 

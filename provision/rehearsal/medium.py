@@ -76,7 +76,7 @@ RESOLVED = """\
 [Resolve]
 MulticastDNS=yes
 """
-# Debian's configuration made that of Arch; the network stays networkd's, which this version does not know on Arch.
+# Debian's configuration made that of Arch. What a seed does not say about the network cloud-init makes up, as on the ISO.
 CLOUD = """\
 disable_root: true
 system_info:
@@ -88,11 +88,11 @@ system_info:
     groups: [wheel, users]
     sudo: ["ALL=(ALL) NOPASSWD:ALL"]
     shell: /bin/bash
+  network: {renderers: [networkd]}
   ssh_svcname: sshd
 cloud_config_modules: [ssh-import-id, locale, set-passwords, ntp, timezone, runcmd]
 cloud_final_modules: [write-files-deferred, scripts-per-boot, scripts-per-instance, scripts-user, ssh-authkey-fingerprints,
   keys-to-console, final-message, power-state-change]
-network: {config: disabled}
 """
 # What an installed system can have and the ISO has not.
 ABSENT = (
