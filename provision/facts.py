@@ -16,7 +16,15 @@ from provision.errors import ProvisionError
 # Shared by the probe and by the script that wipes: what a disk holds, as text that changes when the disk does.
 HOLDINGS = r"""
 holdings() {  # the device's partitions, file systems, labels and identities; without mount points
-  lsblk --bytes --raw --noheadings --output TYPE,SIZE,FSTYPE,LABEL,UUID,PARTTYPE,PARTUUID,PARTLABEL "$1"
+  # Not what is stacked on it: that comes and goes, and lies on other disks as well.
+  lsblk --bytes --raw --noheadings --output TYPE,SIZE,FSTYPE,LABEL,UUID,PARTTYPE,PARTUUID,PARTLABEL "$1" | grep -E '^(disk|part) '
+}
+is_blank() {  # DISK: no signature that wipefs knows, and zeros where tables and superblocks would be
+  local end_mib=$(($(blockdev --getsize64 "$1") / 1048576 - 1)) signatures start_mib
+  signatures=$(wipefs --no-act --noheadings "$1") && [[ -z $signatures ]] || return
+  for start_mib in 0 "$end_mib"; do
+    dd if="$1" bs=1M skip="$start_mib" count=1 status=none | cmp --silent --bytes=1048576 - /dev/zero || return
+  done
 }
 """
 
@@ -77,6 +85,10 @@ section holdings
 for disk in $(lsblk --nodeps --noheadings --raw --paths --output NAME,TYPE | awk '$2 == "disk" {print $1}'); do
   printf '%s %s\n' "$disk" "$(holdings "$disk" | sha256sum | cut -d' ' -f1)"
 done
+section blank
+for disk in $(lsblk --nodeps --noheadings --raw --paths --output NAME,TYPE | awk '$2 == "disk" {print $1}'); do
+  if is_blank "$disk"; then echo "$disk"; fi
+done
 section gpus
 for device in /sys/bus/pci/devices/*; do
   [[ -e $device/vendor && $(<"$device/vendor") == 0x10de ]] || continue
@@ -127,6 +139,7 @@ class Disk:
     is_medium: bool  # the install ISO runs from it
     holdings: str  # sha256 of what is on it: see HOLDINGS
     names: tuple[str, ...] = ()  # in /dev/disk/by-id
+    empty: bool = False  # nothing that is known begins or ends there: see is_blank of the probe
     filesystem_uuid: str = ""
     used_bytes: int | None = None
 
@@ -136,7 +149,7 @@ class Disk:
 
     @property
     def is_blank(self) -> bool:
-        return not self.partitions and not self.filesystem and not self.in_use
+        return self.empty and not self.partitions and not self.filesystem and not self.in_use
 
 
 @dataclass(frozen=True)
@@ -182,6 +195,7 @@ def parse_facts(text: str) -> Facts:
         medium=frozenset(found["medium"]),
         holdings=dict(map(str.split, found["holdings"])),
         names=parse_names(found["by_id"]),
+        blank=frozenset(found["blank"]),
         used_bytes={device: int(used) for device, used in map(str.split, found["used"])},
     )
     return Facts(
@@ -229,6 +243,7 @@ class Seen:
     medium: frozenset[str]
     holdings: dict[str, str]
     names: dict[str, tuple[str, ...]]
+    blank: frozenset[str]
     used_bytes: dict[str, int]
 
 
@@ -261,6 +276,7 @@ def parse_disks(tree: dict[str, Any], seen: Seen) -> Iterator[Disk]:
             is_medium=node["name"] in seen.medium,
             holdings=seen.holdings.get(node["name"], ""),
             names=seen.names.get(node["name"], ()),
+            empty=node["name"] in seen.blank,
             filesystem_uuid=node["uuid"] or "",
             used_bytes=seen.used_bytes.get(node["name"]),
         )

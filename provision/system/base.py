@@ -80,7 +80,7 @@ def bootstrap(packages: Step, machine: Machine) -> Step:
 if [[ -e "$root"{BASE_COMPLETE} ]]; then
   {packages.script}
 else
-  [[ ! -e "$root"/etc/metal-to-model && -z $(ls -A "$root"/home 2> /dev/null) ]] || {{
+  [[ ! -e "$root"/etc/metal-to-model && -z $(ls -A --ignore=lost+found "$root"/home 2> /dev/null) ]] || {{
     echo "$root holds a finished installation without {BASE_COMPLETE}; if it is whole: touch $root{BASE_COMPLETE}"
     exit 1
   }}

@@ -13,13 +13,19 @@ from provision.system.mirror import BTRFS_RULE, RULE
 # driver; `microcode` embeds the processor's update, so no initrd line of its own is needed.
 HOOKS = "base systemd autodetect microcode modconf keyboard sd-vconsole block filesystems fsck"
 # The busybox kind, for which there is an sshd: https://wiki.archlinux.org/title/Dm-crypt/Specialties
-SSH_HOOKS = "base udev autodetect microcode modconf keyboard keymap block netconf dropbear encryptssh filesystems fsck"
+SSH_HOOKS = "base udev keyboard autodetect microcode modconf keymap block netconf dropbear encryptssh filesystems fsck"
 
 
 def hooks(machine: Machine) -> str:
     if machine.disk.unlock == "ssh":
         return SSH_HOOKS
-    return HOOKS.replace("block", "block sd-encrypt") if machine.disk.encryption == "luks" else HOOKS
+    if (
+        machine.disk.encryption == "luks"
+    ):  # keyboards of any kind, and not only the one that is plugged in now
+        return (
+            "base systemd keyboard autodetect microcode modconf sd-vconsole block sd-encrypt filesystems fsck"
+        )
+    return HOOKS
 
 
 def initramfs(machine: Machine, facts: Facts) -> Iterator[Step]:

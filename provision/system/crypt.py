@@ -6,7 +6,7 @@ from provision.errors import ProvisionError
 from provision.facts import Facts
 from provision.machine import Machine
 from provision.steps import File, Packages, Script, Step, secret_file
-from provision.system.layout import KEY_FILE, Part, layout
+from provision.system.layout import KEY_FILE, LOOK, Part, layout
 
 KEY_SLOT = 1  # of the volume `home`, for the key file; the passphrase is in 0
 UNLOCK_KEY = "/etc/dropbear/dropbear_ed25519_host_key"
@@ -32,18 +32,18 @@ def volumes(machine: Machine, facts: Facts) -> Iterator[Step]:
 
 
 def encrypt(machine: Machine, part: Part) -> Step:
-    kind = f"blkid --probe --match-tag TYPE --output value {part.path} || true"
     uuid = f"cryptsetup luksUUID {part.path} 2> /dev/null"
-    has_key = f"cryptsetup luksDump {part.path} 2> /dev/null | grep -qE '^ +[0-9]+: luks2$'"
+    # Through a variable: `grep -q` would end the pipe early, and pipefail make a "no" of that.
+    has_key = f"""dump=$(cryptsetup luksDump {part.path} 2> /dev/null) && [[ $dump =~ $'\\n'\\ +[0-9]+:\\ luks2 ]]"""
     return Script(
         f"encrypt {part.mapper}",
         why="LUKS2, with the passphrase of disk.passphrase",
         probe=f"{has_key} && {uuid}",
         expect=part.volume,
         # A volume without any key is one whose making was cut off: nothing can be in it.
-        script=f"""if [[ $({uuid}) != {part.volume} ]] || {has_key}; then
-  kind=$({kind})
-  [[ -z $kind ]] || {{ echo "{part.path} holds $kind; to lose it: wipefs --all {part.path}"; exit 1; }}
+        script=f"""{LOOK}if {has_key} || [[ $({uuid}) != {part.volume} ]]; then
+  seen=$(look {part.path})
+  [[ $seen == blank ]] || {{ echo "{part.path} holds $seen; if that may be lost: wipefs --all {part.path}"; exit 1; }}
 fi
 cryptsetup luksFormat --batch-mode --type luks2 --uuid {part.volume} --key-file {secret_file(machine.disk.passphrase)} {part.path}
 udevadm settle --timeout=30""",
@@ -85,7 +85,8 @@ def unlock_over_ssh(machine: Machine) -> Iterator[Step]:
         "host key of the initramfs",
         why="we know the machine by it before its disk is open",
         probe=f"at test -s {UNLOCK_KEY} && at test -s {UNLOCK_KEY}.pub && echo yes",
-        script=f"at install -d -m 700 {UNLOCK_KEY.rpartition('/')[0]}\nat rm -f {UNLOCK_KEY}\n"
+        script=f"if at test -s {UNLOCK_KEY} && at test -s {UNLOCK_KEY}.pub; then exit 0; fi\n"
+        f"at install -d -m 700 {UNLOCK_KEY.rpartition('/')[0]}\nat rm -f {UNLOCK_KEY}\n"
         f"in_target dropbearkey -t ed25519 -f {UNLOCK_KEY} | grep '^ssh-ed25519 ' > \"$root\"{UNLOCK_KEY}.pub",
     )
     yield File(
@@ -109,8 +110,9 @@ def encryption(machine: Machine, facts: Facts) -> Iterator[Step]:
             yield Script(
                 f"TPM2 key of {part.mapper}",
                 why=f"the machine opens it by itself, as long as PCR {TPM_PCRS} (Secure Boot's state) is the same",
-                probe=f"cryptsetup luksDump {part.path} | grep -q systemd-tpm2 && echo yes",
-                script=f"systemd-cryptenroll --unlock-key-file={secret_file(disk.passphrase)} --tpm2-device=auto"
+                # It must really open: a key of another TPM, or of another state of this one, is there too.
+                probe=f"cryptsetup open --test-passphrase --token-only --token-type systemd-tpm2 {part.path} && echo yes",
+                script=f"systemd-cryptenroll --wipe-slot=tpm2 --unlock-key-file={secret_file(disk.passphrase)} --tpm2-device=auto"
                 f" --tpm2-pcrs={TPM_PCRS} {part.path}",
                 secret=disk.passphrase,
             )

@@ -9,10 +9,9 @@ from provision.facts import HOLDINGS, Disk, Facts
 from provision.machine import Machine
 from provision.steps import Script, Step
 from provision.system.inventory import describe_disk, find_disk, gibibytes
-from provision.system.layout import DATA_OPTIONS, DATA_TYPE, Mount, identify
+from provision.system.layout import DATA_OPTIONS, DATA_TYPE, LOOK, Mount, identify
 
 NO_FILE_SYSTEM = ("", "swap", "LVM2_member", "linux_raid_member", "crypto_LUKS", "zfs_member")
-EDGE_BYTES = 2**20  # where partition tables and file systems have their signatures
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,16 @@ class Wanted:
 
 def data_disks(machine: Machine, facts: Facts) -> Iterator[Wanted]:
     """Raises ProvisionError for a disk that is missing, or holds something of which it is not clear what to mount."""
+    own = [("disk.serial", machine.disk.serial), ("disk.mirror", machine.disk.mirror)]
+    taken = {find_disk(machine, facts, serial, setting).path for setting, serial in own if serial}
     for serial, folder in machine.disk.data_disks:
         seen = find_disk(machine, facts, serial, "disk.data")
+        if seen.path in taken:
+            raise ProvisionError(
+                f"disk.data: {serial} is {seen.path}, which the machine file names elsewhere too.",
+                "Name each disk once.",
+            )
+        taken.add(seen.path)
         uuid = identify(machine, serial, "data")
         if seen.is_blank or any(part.uuid == uuid for part in seen.partitions):
             yield Wanted(seen, folder, f"PARTUUID={uuid}", uuid, seen.is_blank)
@@ -92,29 +99,25 @@ def mount_data(machine: Machine, facts: Facts) -> Iterator[Step]:
 def format_blank(machine: Machine, wanted: Wanted) -> Step:
     seen = wanted.disk
     device = f"/dev/disk/by-partuuid/{wanted.partition_uuid}"
-    name = quote(f"data@{machine.name}"[:36])
+    name = f"data@{machine.name}"[:36]
     return Script(
         f"data disk {seen.path}",
         why=f"serial {seen.serial}, {seen.model or 'no model name'}, {gibibytes(seen.size_bytes)}, blank: ext4 for {wanted.folder}",
         probe=f"[[ -b {device} ]] && blkid --probe --match-tag TYPE --output value {device}",
         expect="ext4",
-        script=f"""{HOLDINGS}
+        script=f"""{HOLDINGS}{LOOK}
 disk={quote(seen.path)}
 refuse() {{ echo "refused to format $disk: $1"; exit 1; }}
 if [[ ! -b {device} ]]; then
-  [[ $(lsblk --nodeps --noheadings --output SERIAL "$disk" | xargs) == {quote(seen.serial)} ]] || refuse "its serial changed"
+  serial=$(lsblk --nodeps --noheadings --output SERIAL "$disk" | sed 's/^ *//; s/ *$//')
+  [[ $serial == {quote(seen.serial)} ]] || refuse "its serial is '$serial'"
   [[ $(blockdev --getsize64 "$disk") == {seen.size_bytes} ]] || refuse "its size changed"
-  [[ $(holdings "$disk" | sha256sum | cut -d' ' -f1) == {seen.holdings} ]] || refuse "it is not blank any more"
-  for start in 0 {(seen.size_bytes - EDGE_BYTES) // 512}; do
-    dd if="$disk" bs=512 skip=$start count={EDGE_BYTES // 512} status=none | cmp --silent --bytes={EDGE_BYTES} - /dev/zero ||
-      refuse "it has no file system, but is not empty; if that may go: blkdiscard --force $disk, or dd if=/dev/zero of=$disk"
-  done
-  sgdisk --new=1:0:0 --typecode=1:{DATA_TYPE} --partition-guid=1:{wanted.partition_uuid} --change-name=1:{name} "$disk"
-  partprobe "$disk"
+  is_blank "$disk" || refuse "it is not blank; if what it holds may go: blkdiscard --force $disk, or dd if=/dev/zero of=$disk"
+  sfdisk --quiet "$disk" <<< $'label: gpt\\ntype={DATA_TYPE}, uuid={wanted.partition_uuid}, name={name}'
   udevadm settle --timeout=30
 fi
-kind=$(blkid --probe --match-tag TYPE --output value {device} || true)
-[[ -z $kind ]] || refuse "its partition holds $kind"
+seen=$(look {device})
+[[ $seen == blank ]] || refuse "its partition holds $seen"
 mkfs.ext4 -q -L data {device}
 udevadm settle --timeout=30""",
     )

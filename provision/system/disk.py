@@ -1,16 +1,16 @@
 """The disk that the machine file names, and its mirror: found, described, partitioned, formatted, mounted."""
 
 from collections.abc import Iterator
-from shlex import quote
 
 from provision.errors import ProvisionError
-from provision.facts import HOLDINGS, Disk, Facts
+from provision.facts import Disk, Facts
 from provision.machine import Machine
 from provision.steps import BASE_COMPLETE, File, Script, Step
 from provision.system.crypt import volumes
 from provision.system.data import data_mounts
-from provision.system.inventory import describe_contents, describe_disk, describe_disks, find_disk, gibibytes
-from provision.system.layout import MOUNT, SWAP_FILE, Layout, Part, layout, target
+from provision.system.inventory import describe_disk, describe_disks, find_disk, gibibytes
+from provision.system.layout import LOOK, MOUNT, SWAP_FILE, Layout, Part, layout, target
+from provision.system.wipe import demand_free, demand_no_copies, free, is_ours, partition
 
 LEAST_BYTES = 4 * 2**30
 
@@ -19,6 +19,7 @@ def find_disks(machine: Machine, facts: Facts) -> tuple[Disk, ...]:
     """The disk to install on, and the mirror where there is one; ProvisionError unless they can be used."""
     disk = machine.disk
     demand_whole_mirror(machine, facts)
+    demand_no_copies(machine, facts)
     found = [find_disk(machine, facts, disk.serial, "disk.serial")]
     if disk.size_gib and round(found[0].size_bytes / 2**30) != disk.size_gib:
         raise ProvisionError(
@@ -31,6 +32,11 @@ def find_disks(machine: Machine, facts: Facts) -> tuple[Disk, ...]:
         if found[0] == found[1]:
             raise ProvisionError(f"disk.serial and disk.mirror name the same disk, {found[0].path}.")
     needed = LEAST_BYTES + (disk.esp_mib + disk.root_gib * 1024 + swap_mib(machine, facts)) * 2**20
+    if disk.swap == "file" and disk.root_gib and disk.root_gib * 1024 < swap_mib(machine, facts) + 8192:
+        raise ProvisionError(
+            f"A swap file of {swap_mib(machine, facts) // 1024} GiB leaves too little of a root of {disk.root_gib} GiB.",
+            f"Set disk.swap_gib or disk.root_gib of the machine file, then: fab -H {machine.name} plan",
+        )
     for seen in found:
         if seen.size_bytes < needed:
             raise ProvisionError(
@@ -71,18 +77,6 @@ def pairs(machine: Machine, facts: Facts) -> list[tuple[tuple[Part, ...], Disk]]
     ]
 
 
-def is_ours(parts: tuple[Part, ...], disk: Disk) -> bool:
-    """True where the disk has the partitions that we make on it for this machine: it is not partitioned again."""
-    return {(part.uuid, part.type_guid) for part in parts} <= {
-        (part.uuid, part.type_guid) for part in disk.partitions
-    }
-
-
-def was_ours(parts: tuple[Part, ...], disk: Disk) -> bool:
-    """True where we laid it out for this machine before, if not as its file says now: what is mounted of it may go."""
-    return any(part.kind == "esp" and is_ours((part,), disk) for part in parts)
-
-
 def losing(machine: Machine, facts: Facts) -> list[Disk]:
     """The disks that a first installation empties of something; none where they are blank or already ours."""
     if facts.system != "live":
@@ -102,27 +96,33 @@ def disk(machine: Machine, facts: Facts) -> Iterator[Step]:
     ids, targets = layout(machine), find_disks(machine, facts)
     for parts, seen in pairs(machine, facts):
         demand_free(parts, seen, facts, targets)
-        if is_ours(parts, seen) and (leftovers := leftovers_on(ids, seen)):
-            yield release(seen, leftovers)
+        if is_ours(parts, seen):
+            yield from free(ids, seen)
         yield partition(parts, seen, swap_mib(machine, facts))
     yield from volumes(machine, facts)
     for part in ids.of("esp"):
+        name = f"ESP of {part.serial}" if machine.disk.mirror else "ESP"
         yield make_filesystem(
-            f"ESP of {part.serial}" if machine.disk.mirror else "ESP",
+            name,
             (part.device,),
             "vfat",
-            "mkfs.fat -F 32 -n ESP",
+            fat_id(part),
+            f"mkfs.fat -F 32 -n ESP -i {fat_id(part).replace('-', '')}",
         )
     for part in ids.of("swap"):
         if machine.disk.encryption == "none":
-            yield make_filesystem("swap", (part.device,), "swap", "mkswap -q")
-    roots = tuple(part.device for part in ids.of("root"))
-    yield make_filesystem("root", roots, machine.disk.filesystem, make_root(machine, ids))
+            yield make_filesystem("swap", (part.device,), "swap", part.uuid, f"mkswap -q -U {part.uuid}")
+    roots, ident = tuple(part.device for part in ids.of("root")), ids.root_filesystem
+    yield make_filesystem("root", roots, machine.disk.filesystem, ident, make_root(machine, ids))
     for part in ids.of("home"):
-        yield make_filesystem(
-            "home", (part.device,), "ext4", f"mkfs.ext4 -q -L home -U {ids.home_filesystem}"
-        )
+        ident = ids.home_filesystem
+        yield make_filesystem("home", (part.device,), "ext4", ident, f"mkfs.ext4 -q -L home -U {ident}")
     yield mount(ids)
+
+
+def fat_id(part: Part) -> str:
+    """The volume id that we give an ESP, as blkid prints it."""
+    return f"{part.uuid[:4]}-{part.uuid[4:8]}".upper()
 
 
 def make_root(machine: Machine, ids: Layout) -> str:
@@ -181,134 +181,26 @@ def fstab(machine: Machine, facts: Facts) -> Iterator[Step]:
     )
 
 
-# --- wiping -------------------------------------------------------------------------------------------------
+def make_filesystem(name: str, devices: tuple[str, ...], filesystem: str, ident: str, mkfs: str) -> Step:
+    """A file system where there is none. One that is there, of any kind, is never replaced: it may hold a home.
 
-RELEASE = r"""
-release() {  # DISK: take apart whatever lies on it, from the top down
-  local node kind folder
-  lsblk --raw --noheadings --paths --output NAME,TYPE "$1" | tac | while read -r node kind; do
-    [[ -b $node ]] || continue
-    ! grep -q "^$(readlink -f "$node") " /proc/swaps || swapoff "$node"
-    lsblk --nodeps --raw --noheadings --output MOUNTPOINTS "$node" | tac | while read -r folder; do
-      folder=$(printf '%b' "$folder")
-      if [[ $folder ]] && mountpoint -q "$folder"; then umount --recursive "$folder"; fi
-    done
-    case $kind in
-      crypt) cryptsetup close "$node" ;;
-      lvm) lvchange --activate n "$node" ;;
-      raid*|linear) mdadm --quiet --stop "$node" ;;
-      dm|mpath) dmsetup remove "$node" ;;
-    esac
-  done
-}
-"""
-
-
-def demand_free(parts: tuple[Part, ...], seen: Disk, facts: Facts, targets: tuple[Disk, ...]) -> None:
-    """Refuse a disk that somebody uses, unless it is our own for this machine."""
-    if seen.mounted and not was_ours(parts, seen):
-        raise ProvisionError(
-            f"{seen.path} (serial {seen.serial}) is in use: {', '.join(seen.mounted)}.\n{describe_disk(seen)}",
-            "Free it on the ISO (umount, swapoff -a), or name another disk.",
-        )
-    for other in facts.disks:
-        shared = set(seen.stacked) & set(other.stacked)
-        if shared and other not in targets:
-            raise ProvisionError(
-                f"{', '.join(sorted(shared))} lies on {seen.path} (serial {seen.serial}) and on {other.path} too, which is not named.\n"
-                f"{describe_disks(facts)}",
-                "Take it apart on the ISO first (vgchange -an, mdadm --stop), if that is meant.",
-            )
-
-
-def leftovers_on(ids: Layout, seen: Disk) -> list[str]:
-    """What an earlier attempt or a person left in use of our own disk: mounts elsewhere, swap, other mappings."""
-    ours = {f"/dev/mapper/{part.mapper}" for part in ids.encrypted}
-    elsewhere = [folder for folder in seen.mounted if folder != MOUNT and not folder.startswith(f"{MOUNT}/")]
-    return [*elsewhere, *(node for node in seen.stacked if node not in ours)]
-
-
-def release(seen: Disk, leftovers: list[str]) -> Step:
-    """Planned only while there is something: so the probe never says done, and a plan made afterwards lacks it."""
-    return Script(
-        f"free {seen.path}",
-        why=f"left in use by an earlier attempt: {', '.join(leftovers)}",
-        probe="true",
-        script=f"{RELEASE}release {quote(seen.path)}",
-    )
-
-
-def partition(parts: tuple[Part, ...], seen: Disk, swap_size_mib: int) -> Step:
-    """Wipe and partition, guarded once more on the host: serial, size, contents and use as they were planned."""
-    ours = "yes" if was_ours(parts, seen) else "no"
-    guard = (
-        HOLDINGS
-        + RELEASE
-        + f"""
-disk={quote(seen.path)}
-refuse() {{ echo "refused to wipe $disk: $1"; exit 1; }}
-serial=$(lsblk --nodeps --noheadings --output SERIAL "$disk" | xargs)
-[[ $serial == {quote(seen.serial)} ]] || refuse "its serial is '$serial', not {seen.serial}"
-[[ $(blockdev --getsize64 "$disk") == {seen.size_bytes} ]] || refuse "its size changed"
-[[ $(holdings "$disk" | sha256sum | cut -d' ' -f1) == {seen.holdings} ]] || refuse "what it holds changed since it was planned"
-mounted=$(lsblk --noheadings --output MOUNTPOINTS "$disk" | xargs)
-[[ -z $mounted || {ours} == yes ]] || refuse "something on it is in use: $mounted"
-medium=$(findmnt --noheadings --output SOURCE /run/archiso/bootmnt || true)
-[[ -z $medium ]] || ! lsblk --noheadings --raw --paths --output NAME "$disk" | grep -qxF "$medium" || refuse "it is the install medium"
-"""
-    )
-    if parts[0].serial != seen.serial:
-        guard += f'[[ $(readlink -f /dev/disk/by-id/{quote(parts[0].serial)}) == "$disk" ]] || refuse "it is not {parts[0].serial}"\n'
-    make = ["sgdisk"]
-    for number, part in enumerate(parts, 1):
-        size_mib = part.size_mib or (swap_size_mib if part.kind == "swap" else 0)
-        make.append(
-            f"--new={number}:0:{f'+{size_mib}M' if size_mib else '0'} --typecode={number}:{part.type_guid}"
-            f" --partition-guid={number}:{part.uuid} --change-name={number}:{quote(part.name)}"
-        )
-    script = f"""release "$disk"
-for part in $(lsblk --noheadings --raw --paths --output NAME "$disk" | tail -n +2); do wipefs --all --force "$part"; done
-wipefs --all --force "$disk"
-sgdisk --zap-all "$disk" > /dev/null
-{" ".join(make)} "$disk"
-partprobe "$disk"
-udevadm settle --timeout=30
-for part in {" ".join(part.path for part in parts)}; do
-  [[ -b $part ]] || {{ echo "$part did not appear"; exit 1; }}
-  wipefs --all --force $part  # what an older layout left at the same place
-done
-"""
-    return Script(
-        f"partition {seen.path}",
-        why=f"serial {seen.serial}, {seen.model or 'no model name'}, {gibibytes(seen.size_bytes)}: "
-        f"{', '.join(describe_part(part, swap_size_mib) for part in parts)}; now on it: {describe_contents(seen)}",
-        probe=f"for id in {' '.join(part.uuid for part in parts)}; do [[ -b /dev/disk/by-partuuid/$id ]] || exit; done; echo yes",
-        script=guard + script,
-    )
-
-
-def make_filesystem(name: str, devices: tuple[str, ...], filesystem: str, mkfs: str) -> Step:
-    """A file system where there is none. One that is there, of any kind, is never replaced: it may hold a home."""
+    `ident` is the id that `mkfs` gives it: one of the right kind that an older layout left at the same place is told by it.
+    """
     listed = " ".join(devices)
-    # blkid knows the partition's own entry even where it holds nothing: no status tells, only what is printed.
-    look = "kind=$(blkid --probe --match-tag TYPE --output value $device || true); echo ${kind:-blank}"
-    kinds = f"for device in {listed}; do {look}; done | sort -u | xargs"
+    looks = f"{LOOK}for device in {listed}; do look $device; done | sort -u"
     return Script(
         f"format {name}",
         why=f"{filesystem} where nothing is",
-        probe=kinds,
-        expect=filesystem,
-        script=f"kind=$({kinds})\n"
-        f'[[ $kind == blank ]] || {{ echo "{listed} holds $kind, not {filesystem}; to lose it: wipefs --all {listed}"; exit 1; }}\n'
-        f"{mkfs} {listed}\nudevadm settle --timeout=30",
+        probe=looks,
+        expect=f"{filesystem} {ident}",
+        script=f"""seen=$({looks})
+if [[ $seen == "{filesystem} {ident}" ]]; then exit 0; fi  # planned while it could not be seen
+[[ $seen == blank ]] || {{
+  echo "expected nothing, or our {filesystem}, on {listed}; there is:"
+  echo "$seen"
+  echo "If that may be lost: wipefs --all {listed}"
+  exit 1
+}}
+{mkfs} {listed}
+udevadm settle --timeout=30""",
     )
-
-
-# --- for a person -------------------------------------------------------------------------------------------
-
-
-def describe_part(part: Part, swap_size_mib: int) -> str:
-    kind = {"esp": "EFI system partition"}.get(part.kind, part.kind)
-    size_mib = part.size_mib or (swap_size_mib if part.kind == "swap" else 0)
-    size = f"{size_mib} MiB" if size_mib < 8192 else f"{size_mib // 1024} GiB"
-    return f"{kind} of {size}" if size_mib else f"{kind} in the rest"

@@ -37,6 +37,8 @@ def find_disk(machine: Machine, facts: Facts, wanted: str, setting: str) -> Disk
 def describe_contents(seen: Disk) -> str:
     if seen.is_blank:
         return "nothing"
+    if not seen.partitions and not seen.filesystem:
+        return "something that is not known"
     return ", ".join(
         [*([seen.filesystem] if seen.filesystem and not seen.partitions else [])]
         + [
@@ -55,6 +57,8 @@ def describe_disk(seen: Disk) -> str:
         lines[0] += "  (install medium)"
     if seen.filesystem and not seen.partitions:
         lines.append(f"  whole disk: {seen.filesystem}{describe_used(seen.used_bytes)}")
+    if not seen.is_blank and not seen.partitions and not seen.filesystem:
+        lines.append("  no partition and no file system that is known, but it is not empty")
     for part in seen.partitions:
         names = " ".join(filter(None, [part.filesystem or "unformatted", part.label, part.name]))
         lines.append(

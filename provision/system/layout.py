@@ -38,6 +38,18 @@ SUBVOLUMES = (
     ("@snapshots", "/.snapshots"),
 )
 
+LOOK = r"""
+look() {  # DEVICE: kind and id of the file system on it; "blank" where nothing is; never that in doubt
+  local said status=0 kind id
+  said=$(blkid --probe --output export "$1" 2> /dev/null) || status=$?
+  kind=$(sed -n 's/^TYPE=//p; s/^PTTYPE=/partitions:/p' <<< "$said" | head -n 1)
+  id=$(sed -n 's/^UUID=//p' <<< "$said")
+  # 0 with no kind: blkid knows the partition's own entry; 2: nothing at all; 8: two kinds that exclude each other
+  if ((status != 0 && status != 2)); then echo "unclear (blkid says $status)"
+  else echo "${kind:-blank}${id:+ $id}"; fi
+}
+"""
+
 Kind = Literal["esp", "swap", "root", "home"]
 
 
@@ -210,9 +222,13 @@ def kernel_options(machine: Machine, nics: int, *, degraded: bool = False) -> st
                 f"rd.luks.name={part.volume}={part.mapper}",
                 f"rd.luks.options={part.volume}={','.join(options)}",
             ]
-    words += [f"root={root.source}"]
+    encrypted = machine.disk.encryption == "luks"
+    # systemd waits for a passphrase without end where it is told of the volume, for other names 90 s.
+    words += [f"root={'/dev/mapper/root' if encrypted and not machine.disk.mirror else root.source}"]
     if root.filesystem == "btrfs":
-        words += [f"rootflags={'degraded,' if degraded else ''}{root.options.rpartition(',')[2]}"]
+        flags = ["degraded"] if degraded else []
+        flags += ["x-systemd.device-timeout=0"] if encrypted and machine.disk.mirror else []
+        words += [f"rootflags={','.join([*flags, root.options.rpartition(',')[2]])}"]
     if degraded:
         words += [f"{DEGRADED}=1"]
     if machine.disk.swap == "zram":

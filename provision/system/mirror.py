@@ -23,6 +23,7 @@ IMPORT{{builtin}}="btrfs ready $devnode"
 IMPORT{{cmdline}}="{DEGRADED}"
 ENV{{{DEGRADED}}}=="1", GOTO="done"
 ENV{{ID_BTRFS_READY}}=="0", ENV{{SYSTEMD_READY}}="0"
+ENV{{ID_BTRFS_READY}}=="1", RUN+="/usr/bin/udevadm trigger --subsystem-match=block --property-match=ID_BTRFS_READY=0"
 LABEL="done"
 """
 OWN = "--exclude=random-seed"  # one for each ESP
@@ -43,7 +44,10 @@ root=${{1:-}}
 second=$(mktemp -d /run/sync-esp.XXXXXX)
 mount -o {ESP_OPTIONS} {second.path} "$second"
 trap 'umount "$second"; rmdir "$second"' EXIT
-rsync --recursive --times --modify-window=2 --delete-after {OWN} "$root/boot/" "$second/"
+for try in 1 2 3 4 5; do  # what is written meanwhile wakes nobody
+  rsync --recursive --times --modify-window=2 --delete-after {OWN} "$root/boot/" "$second/"
+  if diff --recursive --brief {OWN} "$root/boot" "$second" > /dev/null; then break; fi
+done
 sync --file-system "$second"
 """,
         mode=0o755,
@@ -81,6 +85,6 @@ part=$(readlink -f {second.path})
 disk=$(lsblk --noheadings --paths --nodeps --output PKNAME "$part")
 number=$(cat "/sys/class/block/${{part##*/}}/partition")
 efibootmgr --quiet --create --disk "$disk" --part "$number" --label '{LABEL}' --loader '\\EFI\\systemd\\systemd-bootx64.efi'
-new=$(efibootmgr | grep -F '{LABEL}' | tail -n 1 | sed -n 's/^Boot\\([0-9A-F]*\\).*/\\1/p')
+new=$(efibootmgr --verbose | grep -i {second.uuid} | head -n 1 | sed -n 's/^Boot\\([0-9A-F]*\\).*/\\1/p')
 efibootmgr --quiet --bootorder "${{order:+$order,}}$new"  # behind the others: --create puts it first""",
     )

@@ -48,7 +48,8 @@ def sshd(machine: Machine, facts: Facts) -> Iterator[Step]:
         "ssh host key",
         why="made here, on the machine, and pinned before the reboot",
         probe=f"at test -s {HOST_KEY} && at test -s {HOST_KEY}.pub && echo yes",
-        script=f"at rm -f {HOST_KEY} {HOST_KEY}.pub\nin_target ssh-keygen -q -t ed25519 -N '' -C {quote(machine.name)} -f {HOST_KEY}",
+        # Not a second time: the probe may not have seen it, on a disk that was locked then.
+        script=f"if at test -s {HOST_KEY} && at test -s {HOST_KEY}.pub; then exit 0; fi\nat rm -f {HOST_KEY} {HOST_KEY}.pub\nin_target ssh-keygen -q -t ed25519 -N '' -C {quote(machine.name)} -f {HOST_KEY}",
     )
     yield File(
         "/etc/ssh/sshd_config.d/10-metal.conf",  # sshd takes the first value it meets: before 99-archlinux.conf

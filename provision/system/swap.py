@@ -24,16 +24,23 @@ def swap(machine: Machine, facts: Facts) -> Iterator[Step]:
         )
     if disk.swap == "file":
         size_mib = swap_mib(machine, facts)
+        new = f'"$root"{SWAP_FILE}.new'
         make = (
-            f'btrfs filesystem mkswapfile --size {size_mib}m "$root"{SWAP_FILE}'
+            f"btrfs filesystem mkswapfile --size {size_mib}m {new}"
             if disk.filesystem == "btrfs"
-            else f'umask 077; fallocate --length {size_mib}MiB "$root"{SWAP_FILE}.new; mkswap -q "$root"{SWAP_FILE}.new\n'
-            f'mv "$root"{SWAP_FILE}.new "$root"{SWAP_FILE}'
+            else f"umask 077\nfallocate --length {size_mib}MiB {new}\nmkswap -q {new}"
         )
+        is_swap = f'[[ $(blkid --probe --match-tag TYPE --output value "$root"{SWAP_FILE}) == swap ]]'
         yield Script(
             f"swap file of {size_mib} MiB",
             why="as disk.swap says",
-            probe=f'[[ -s "$root"{SWAP_FILE} ]] && {{ [[ $root ]] || grep -q "^{SWAP_FILE} " /proc/swaps; }} && echo yes',
-            script=f'mkdir -p "$root"{SWAP_FILE.rpartition("/")[0]}\n'
-            f'if [[ ! -s "$root"{SWAP_FILE} ]]; then\n{make}\nfi\n[[ $root ]] || swapon {SWAP_FILE}',
+            probe=f'{is_swap} && {{ [[ $root ]] || grep -q "^{SWAP_FILE} " /proc/swaps; }} && echo yes',
+            script=f"""mkdir -p "$root"{SWAP_FILE.rpartition("/")[0]}
+if ! {is_swap}; then
+rm -f {new}
+{make}
+sync
+mv {new} "$root"{SWAP_FILE}
+fi
+[[ $root ]] || swapon {SWAP_FILE}""",
         )

@@ -125,6 +125,9 @@ usb-Flash_Drive_STICK1-0:0 ../../sda
 @tpm
 2
 
+@blank
+/dev/nvme0n1
+
 @gpus
 0000:01:00.0 0x2684
 

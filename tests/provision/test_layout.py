@@ -9,15 +9,16 @@ import pytest
 from rich.console import Console
 
 from provision.errors import ProvisionError
-from provision.facts import Facts, Partition
+from provision.facts import HOLDINGS, Facts, Partition
 from provision.flow import authorise_wipe
 from provision.machine import Machine, load_machine
-from provision.steps import make_plan, render_apply, render_probes
+from provision.steps import make_plan, render_apply, render_probes, secret_file
 from provision.system import system
+from provision.system.crypt import encrypt
 from provision.system.data import data_disks
-from provision.system.disk import RELEASE, losing, would_lose
+from provision.system.disk import losing, make_filesystem, would_lose
 from provision.system.inventory import describe_disk
-from provision.system.layout import MOUNT, layout
+from provision.system.layout import LOOK, MOUNT, layout
 from tests.provision.conftest import KEY, machine_folder, with_target
 from tests.provision.test_system import GOLDEN, NOW, installed, render
 
@@ -71,7 +72,7 @@ def test_layouts_are_bash(tmp_path: Path, several: Facts, name: str, system_name
     machine = wish(tmp_path / "machines", LAYOUTS[name])
     steps = system(machine, several if system_name == "live" else installed(machine, several), NOW)
     plan = make_plan("", steps, [("?", True)] * len(steps))
-    scripts = [render_probes(steps, MOUNT, layout(machine).probe_mounts), render_apply(plan, MOUNT), RELEASE]
+    scripts = [render_probes(steps, MOUNT, layout(machine).probe_mounts), render_apply(plan, MOUNT), LOOK]
     for script in [*scripts, *(text for step in steps for text in (step.script, step.probe, step.then))]:
         checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
         assert checked.returncode == 0, checked.stderr + script
@@ -242,3 +243,113 @@ def test_a_machine_that_lost_a_disk_of_its_mirror_says_so(tmp_path: Path, severa
     alone = replace(facts, disks=tuple(disk for disk in facts.disks if disk.serial != "SECOND1"))
     with pytest.raises(ProvisionError, match="runs without a disk of its mirror: serial SECOND1 is gone"):
         system(machine, alone, NOW)
+
+
+def test_a_copy_of_our_disk_is_not_written_to(machine: Machine, live: Facts) -> None:
+    """Its partitions have our ids, and /dev/disk/by-partuuid may lead to it."""
+    ours = laid_out(machine, live)
+    copy = replace(ours.disks[0], path="/dev/sdb", serial="BACKUP1", names=())
+    blanked = replace(live, disks=(*live.disks, copy))
+    for facts in (blanked, replace(ours, disks=(*ours.disks, copy))):
+        with pytest.raises(ProvisionError, match=r"carries the ids of machine 'gpu1' too(.|\n)*BACKUP1"):
+            system(machine, facts, NOW)
+
+
+def test_a_disk_that_is_ours_is_never_wiped_by_a_later_look(machine: Machine, live: Facts) -> None:
+    step = next(
+        step for step in system(machine, laid_out(machine, live), NOW) if step.name.startswith("partition")
+    )
+    assert "wipefs" not in step.script
+    assert "sgdisk" not in step.script
+
+
+def test_what_is_not_known_is_not_blank(machine: Machine, live: Facts) -> None:
+    """Plain dm-crypt, a LUKS volume whose header lies elsewhere: no signature, and yet somebody's."""
+    strange = with_target(live, empty=False)
+    assert "not empty" in would_lose(machine, strange)
+    with pytest.raises(ProvisionError, match="nothing was changed"):
+        authorise_wipe(machine, strange, "", ask=lambda _: "", console=Console(quiet=True))
+
+
+def test_a_data_disk_is_none_of_the_others(tmp_path: Path, several: Facts) -> None:
+    machine = wish(tmp_path / "machines", 'data = ["nvme-eui.0025385b21404321 /data"]\n')
+    with pytest.raises(ProvisionError, match="is /dev/nvme0n1, which the machine file names elsewhere too"):
+        system(machine, several, NOW)
+
+
+def bash(script: str) -> subprocess.CompletedProcess[str]:
+    """As a Step's script runs; a file stands for a disk, and has no events to wait for."""
+    head = 'udevadm() { :; }; blockdev() { stat --format %s "$2"; }\n'
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", head + script], capture_output=True, text=True, check=False
+    )
+
+
+def image(path: Path) -> Path:
+    path.touch()
+    os.truncate(path, 64 << 20)
+    return path
+
+
+def test_a_file_system_that_could_not_be_seen_when_planned_is_found_done(tmp_path: Path) -> None:
+    """On a volume that was locked then; another one of the same kind is refused."""
+    device, ident = image(tmp_path / "root"), "29317be3-46ca-5825-9418-9a5cdcfaf559"
+    step = make_filesystem("root", (str(device),), "ext4", ident, f"mkfs.ext4 -q -U {ident}")
+    assert bash(step.script).returncode == 0
+    before = device.read_bytes()
+    assert bash(step.script).returncode == 0
+    assert device.read_bytes() == before
+    other = make_filesystem("root", (str(device),), "ext4", ident.replace("2", "3"), "mkfs.ext4 -q")
+    assert bash(other.script).returncode == 1
+    assert device.read_bytes() == before
+
+
+def test_two_kinds_of_file_system_at_once_are_not_blank(tmp_path: Path) -> None:
+    device = image(tmp_path / "both")
+    subprocess.run(["mkfs.ext4", "-q", device], check=True)
+    fat = image(tmp_path / "fat")
+    subprocess.run(["mkfs.fat", fat], check=True, stdout=subprocess.DEVNULL)
+    with device.open("r+b") as file:
+        file.write(fat.read_bytes()[:1024])  # before ext4's own superblock
+    assert bash(f"{LOOK}look {device}").stdout == "unclear (blkid says 8)\n"
+    step = make_filesystem("root", (str(device),), "ext4", "x", "mkfs.ext4 -q")
+    assert bash(step.script).returncode == 1
+
+
+def test_blank_means_no_signature_and_zeros_at_both_ends(tmp_path: Path) -> None:
+    def says(path: Path) -> str:
+        return bash(f"{HOLDINGS}\nif is_blank {path}; then echo blank; else echo not; fi").stdout.strip()
+
+    disk = image(tmp_path / "disk")
+    assert says(disk) == "blank"
+    for place in (4096, (64 << 20) - 100):
+        with disk.open("r+b") as file:
+            file.seek(place)
+            file.write(b"somebody's")
+        assert says(disk) == "not"
+        disk.unlink()
+        image(disk)
+    subprocess.run(["mkfs.ext4", "-q", disk], check=True)
+    assert says(disk) == "not"
+
+
+def test_a_volume_that_has_a_key_is_never_made_again(tmp_path: Path) -> None:
+    """However long its header is: TPM2 keys make it longer than a pipe holds."""
+    machine = wish(tmp_path / "machines", LAYOUTS["encrypted"])
+    part, device = layout(machine).encrypted[0], image(tmp_path / "volume")
+    secret = tmp_path / "secret"
+    secret.write_text("passphrase")
+    options = "--pbkdf pbkdf2 --pbkdf-force-iterations 1000"
+    script = encrypt(machine, part).script.replace(part.path, str(device))
+    script = script.replace(secret_file(machine.disk.passphrase), str(secret)).replace(
+        "luksFormat", f"luksFormat {options}"
+    )
+    assert bash(script).returncode == 0, bash(script).stderr
+    for _ in range(6):
+        key = f"cryptsetup luksAddKey --batch-mode {options} --key-file {secret} {device} {secret}"
+        subprocess.run(key.split(), check=True)
+    before = device.read_bytes()
+    refused = bash(script)
+    assert refused.returncode == 1
+    assert "holds crypto_LUKS" in refused.stdout
+    assert device.read_bytes() == before

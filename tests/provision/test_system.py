@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,8 +161,10 @@ def test_a_file_system_that_is_there_is_never_replaced(tmp_path: Path) -> None:
     device = tmp_path / "partition"
     device.touch()
     os.truncate(device, 64 << 20)
+    ident = str(uuid.uuid4())
     steps = {
-        name: make_filesystem(name, (str(device),), name, f"mkfs.{name} -q") for name in ("ext4", "btrfs")
+        name: make_filesystem(name, (str(device),), name, ident, f"mkfs.{name} -q -U {ident}")
+        for name in ("ext4", "btrfs")
     }
 
     def bash(script: str) -> subprocess.CompletedProcess[str]:
@@ -173,7 +176,7 @@ def test_a_file_system_that_is_there_is_never_replaced(tmp_path: Path) -> None:
     before = device.read_bytes()
     refused = bash(steps["btrfs"].script)
     assert refused.returncode == 1
-    assert "holds ext4, not btrfs" in refused.stdout
+    assert f"expected nothing, or our btrfs, on {device}; there is:\next4 {ident}\n" in refused.stdout
     assert device.read_bytes() == before
 
 
