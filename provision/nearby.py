@@ -93,8 +93,10 @@ def host_key_at(
     logging.getLogger("paramiko").addHandler(
         logging.NullHandler()
     )  # its threads' tracebacks, of no SSH server
-    with suppress(OSError, EOFError, paramiko.SSHException):
-        sock = socket.create_connection((address, port), timeout=connect_s)
+    with (
+        suppress(OSError, EOFError, paramiko.SSHException),
+        socket.create_connection((address, port), timeout=connect_s) as sock,
+    ):
         transport = paramiko.Transport(sock)
         try:
             prefer_kinds(transport, kinds)

@@ -86,6 +86,8 @@ def render_seed(machine: Machine, keys: Sequence[str], host_key: HostKey) -> dic
             "  ed25519_private: |",
             textwrap.indent(host_key.private.rstrip("\n"), "    "),
             f"  ed25519_public: {quoted(f'{host_key.public} {machine.name}')}",
+            # Before D-Bus is there, cloud-init's own hostnamectl fails; by this name mDNS finds the machine.
+            f"bootcmd: [[sh, -c, 'echo {machine.system.hostname} > /proc/sys/kernel/hostname']]",
             "growpart: {mode: 'off'}  # no disk is touched before it was asked for",
             "resize_rootfs: false",
             "",

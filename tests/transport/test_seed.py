@@ -77,6 +77,7 @@ def test_the_image_is_what_cloud_init_looks_for(machine: Machine, folder: Path, 
     assert user["ssh_authorized_keys"] == [KEY], "a comment that YAML could misread"
     assert user["lock_passwd"] is False
     assert wanted["disable_root"] is False
+    assert wanted["bootcmd"] == [["sh", "-c", "echo box > /proc/sys/kernel/hostname"]]
     assert wanted["ssh_pwauth"] is False
     assert wanted["ssh_keys"]["ed25519_public"] == f"{made.public} box"  # type: ignore[index]
     assert load_pins(folder / "known_hosts") == {"box.live": made.public}
