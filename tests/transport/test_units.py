@@ -28,10 +28,15 @@ def host(sshd: Sshd, proxy: Proxy) -> Iterator[Host]:
         Wanted(sshd.machine(port=proxy.port), sshd.pins, timeout_s=2), beat_s=0.2, silence_s=1
     ) as session:
         yield session
+    while ACTING:  # before their server is taken from them
+        ACTING.pop().join(30)
+
+
+ACTING: list[threading.Thread] = []
 
 
 def in_the_middle(sshd: Sshd, unit: str, act: object) -> threading.Thread:
-    """Call `act` once the unit has written a few lines."""
+    """Call `act` once the unit has written a few lines; at the test's end it has done it."""
 
     def wait() -> None:
         log = sshd.path(f"/run/metal/{unit}/log")
@@ -40,6 +45,7 @@ def in_the_middle(sshd: Sshd, unit: str, act: object) -> threading.Thread:
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
+    ACTING.append(thread)
     return thread
 
 
