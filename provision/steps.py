@@ -171,18 +171,28 @@ def Unit(name: str, *, why: str, start: bool = True) -> Step:
 
 
 def User(name: str, *, shell: str, groups: Sequence[str], why: str) -> Step:
-    """A person's account with a home, in at least these groups; no password is set, so that only keys log in."""
-    wanted, quoted = " ".join(sorted({name, *groups})), quote(name)
+    """A person's account with a home, in at least these groups; no password is set, so that only keys log in.
+
+    The home gets its place when all that is in it is on the disk, not as by `useradd --create-home`: after a power
+    cut its files would be there, and empty.
+    """
+    wanted, quoted, home = " ".join(sorted({name, *groups})), quote(name), quote(f"/home/{name}")
+    make = (
+        'rm -rf "$1.metal-new"; mkdir -p "$1.metal-new"; [[ ! -d /etc/skel ]] || cp -rT /etc/skel "$1.metal-new";'
+        ' chown -R "$2:" "$1.metal-new"; sync; mv -T "$1.metal-new" "$1"'
+    )
     return Step(
         name=f"user {name}",
         why=why,
         probe=f"at getent passwd {quoted} | cut -d: -f7\n"
-        f"comm -12 <(at id -nG {quoted} | tr ' ' '\\n' | sort) <(printf '%s\\n' {wanted}) | paste -sd ' '",
-        expect=f"{shell}\n{wanted}",
+        f"comm -12 <(at id -nG {quoted} | tr ' ' '\\n' | sort) <(printf '%s\\n' {wanted}) | paste -sd ' '\n"
+        f"at test -d {home} && echo home",
+        expect=f"{shell}\n{wanted}\nhome",
         # '*' as the password: nothing matches it, yet sshd does not take the account for a locked one as it does with '!'
         script=f"at test -x {quote(shell)} || {{ echo {quote(f'there is no {shell}: put its package into system.packages')}; exit 1; }}\n"
-        f"at id -u {quoted} > /dev/null 2>&1 || at useradd --create-home --user-group --password '*' {quoted}\n"
-        f"at usermod --shell {quote(shell)} --append --groups {quote(','.join(groups))} {quoted}",
+        f"at id -u {quoted} > /dev/null 2>&1 || at useradd --no-create-home --user-group --password '*' {quoted}\n"
+        f"at usermod --shell {quote(shell)} --append --groups {quote(','.join(groups))} {quoted}\n"
+        f"at test -d {home} || at bash -euc {quote(make)} home {home} {quoted}",
     )
 
 
