@@ -167,9 +167,12 @@ class Finder:
                 raise here.final
             self.tell("", here.seen)
             if waited > deadline_s:
+                before = self.seen_when
                 if not here.ours and (host := self.ask_address()):
                     return host
-                raise self.not_found(waited, here.seen)
+                if self.seen_when == before:
+                    raise self.not_found(waited, here.seen)
+                deadline_s = waited + BOOT_S  # a person told where it is, and there it boots on
             time.sleep(poll_s)
 
     def look_at(self, places: Iterable[str]) -> Host | None:
@@ -181,17 +184,22 @@ class Finder:
             if there.ours and there.final:
                 raise there.final
             if there.ours:
-                self.tell(place, f"{place}: {there.seen}")
-                self.seen_at, self.seen_when = [place], time.monotonic()
+                self.note(place, there)
         return None
+
+    def note(self, place: str, there: Look) -> None:
+        """It answers there, and is not ready yet."""
+        self.tell(place, f"{place}: {there.seen}")
+        self.seen_at, self.seen_when = [place], time.monotonic()
+
+    def seen_lately(self) -> bool:
+        return time.monotonic() - self.seen_when < self.search.sweep_every_s
 
     def may_look_around(self, waited: float) -> bool:
         """Not as long as it may just be slow, nor when it was seen on its way back a moment ago."""
         search = self.search
-        seen_lately = time.monotonic() - self.seen_when < search.sweep_every_s
-        return not seen_lately and waited > (
-            search.elsewhere_after_s if search.unasked else search.sweep_after_s
-        )
+        slow_s = search.elsewhere_after_s if search.unasked else search.sweep_after_s
+        return waited > slow_s and not self.seen_lately()
 
     def look_around(self) -> Host | None:
         """In the subnet, if that is allowed. Only where the key is the machine's is anybody logged in to."""
@@ -226,6 +234,9 @@ class Finder:
                 return there.host
             if there.ours and there.final:
                 raise there.final
+            if there.ours:
+                self.note(address, there)
+                return None
             question = f"{there.seen}\nIts address (empty: none): "
         return None
 

@@ -290,3 +290,13 @@ def test_another_iso_that_has_its_key_is_found_at_another_address(sshd: Sshd, mo
     install_key(sshd)
     with pytest.raises(ProvisionError, match="is on the ISO again"):
         search_moved(sshd, "yes")
+
+
+def test_an_address_that_is_right_and_too_early_is_waited_at(sshd: Sshd, moved: Proxy) -> None:
+    """The person is quicker than the machine; and the deadline was over."""
+    sshd.set_boot_id("boot-1")
+    later(lambda: sshd.set_boot_id("boot-2"), pause_s=2)
+    host, asked = search_moved(sshd, "no", "", "127.0.0.9", deadline_s=0.5)
+    with host:
+        assert host.address == "127.0.0.9"
+    assert len(asked) == 3
