@@ -31,6 +31,7 @@ class ModelConfig:
     dropout: float = 0.0  # probability
     tied: bool = True  # the output head is the token embedding
     qkv_bias: bool = True  # bias in the query, key and value projections
+    gelu_tanh: bool = True  # GPT-2's tanh form of GELU; false: the exact one, as in nanoGPT
     init_std: float = 0.02  # deviation of initial weights; narrow models learn sooner from a larger one
 
 

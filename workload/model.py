@@ -1,8 +1,9 @@
 """GPT-2 as OpenAI built it, and as a plain module.
 
 Learned positions, pre-norm blocks, tanh GELU, layer norm with eps 1e-5, an output head that is the token
-embedding. Two options leave that: `tied = False` gives the head a matrix of its own, `qkv_bias = False` drops
-three biases a block. Parameter names are OpenAI's (wte wpe h.N.attn.c_attn …), matrices are torch's (out, in).
+embedding. Three options leave that: `tied = False` gives the head a matrix of its own, `qkv_bias = False` drops
+three biases a block, `gelu_tanh = False` takes the exact GELU. Parameter names are OpenAI's (wte wpe h.N.attn.c_attn …),
+matrices are torch's (out, in).
 
 Shapes
     B  sequences in a batch            C  channels, n_embd              V  vocabulary, vocab_size
@@ -78,11 +79,12 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
+        self.approximate = "tanh" if config.gelu_tanh else "none"
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
         return F.dropout(x, self.dropout, self.training)
 
 

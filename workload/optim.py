@@ -48,7 +48,12 @@ def gather_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str
 
 
 def restore_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """What `gather_state` gave, back into place, on each parameter's device."""
+    """What `gather_state` gave, back into place, on each parameter's device.
+
+    Nothing, as before the first step or with imported weights, leaves the optimizer as it is.
+    """
+    if not state:
+        return
     for name, p in model.named_parameters():
         mine = {key: state.get(f"{key}/{name}") for key in STATE}
         for key, tensor in mine.items():
