@@ -413,3 +413,26 @@ def test_the_console_is_read_from_the_last_start_on(tmp_path: Path) -> None:
             log.write(b"Please enter passphrase for disk home: ")
         assert machine.wait_for_console("passphrase for disk (.*):", deadline_s=5)[1] == b"home"
         process.kill()
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ("", ""),
+        ("discard", "discard"),
+        (f"discard {'1' * 8}-2222-3333-4444-{'5' * 12}=tpm2-device=auto,discard", "tpm2-device=auto,discard"),
+        (f"tpm2-device=auto {'9' * 8}-2222-3333-4444-{'5' * 12}=discard", "tpm2-device=auto"),
+    ],
+)
+def test_options_of_a_volume_are_its_own_or_those_of_all(options: str, chosen: str) -> None:
+    """As systemd-cryptsetup-generator reads rd.luks.options=."""
+    init = (rootfs.STANDIN / "init").read_text()
+    function = init[init.index("options_of()") :].partition("\n}\n")[0] + "\n}\n"
+    uuid = f"{'1' * 8}-2222-3333-4444-{'5' * 12}"
+    done = subprocess.run(
+        ["sh", "-euc", f"luks_options=$1\n{function}\noptions_of {uuid}", "sh", options],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == chosen
