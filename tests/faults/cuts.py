@@ -80,7 +80,7 @@ def plan_cuts(
 def delays(seconds: float, chance: random.Random) -> list[float]:
     """Places within a Step, in order."""
     if seconds < LONG_S:
-        return [chance.choice((0.0, chance.uniform(0, SHORT_DELAY_S)))]
+        return [chance.choice((0.0, 0.0, chance.uniform(0, SHORT_DELAY_S)))]
     share = 0.85 * seconds / PLACES  # it may be quicker the next time
     return [place * share + chance.uniform(0.05, 0.8) * share for place in range(PLACES)]
 
@@ -109,7 +109,7 @@ def rotate(steps: Mapping[Stage, Sequence[str]], day: int) -> list[Cut]:
     kinds: list[Kind] = ["power", "process", "process", "connection", "connection", "connection"]
     place = {name: index for index, name in enumerate(steps["live"])}
     found = [
-        Cut("live", name, kind, round(chance.uniform(0, SHORT_DELAY_S), 3), "cut", chance.choice((1, 3, 8)))
+        Cut("live", name, kind, 0.0, "cut", chance.choice((1, 3, 8)))
         for name, kind in zip(live, kinds, strict=True)
     ]
     found.sort(key=lambda cut: place[cut.step])
