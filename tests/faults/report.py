@@ -30,7 +30,7 @@ def render(records: Mapping[str, Any], command: str) -> str:
         outcome = record.outcome
         hits = outcome.hits
         steps = sum(len(records["reference"].outcome.steps[stage]) for stage in STAGES)
-        cut = len({(hit.cut.stage, hit.during) for hit in hits if hit.during})
+        cut = len({(hit.cut.stage, hit.during) for hit in hits if hit.during and not hit.cut.line})
         lines.append(
             f"| {name} | {len(hits)} / {len(record.cuts)} | {sum(hit.on_target for hit in hits)} | {cut} / {steps} "
             f"| {outcome.runs} | {outcome.boots} | {outcome.seconds / 60:.1f} | {'no' if record.error else 'yes'} "
