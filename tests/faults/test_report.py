@@ -2,11 +2,11 @@
 
 from tests.faults.__main__ import Record
 from tests.faults.compare import Difference
-from tests.faults.cuts import Cut, Hit
+from tests.faults.cuts import Cut, Hit, Stage
 from tests.faults.install import Outcome
 from tests.faults.report import render
 
-STEPS = {"live": {"one": 0.1, "two": 0.2}, "installed": {"three": 0.3}}
+STEPS: dict[Stage, dict[str, float]] = {"live": {"one": 0.1, "two": 0.2}, "installed": {"three": 0.3}}
 
 
 def test_what_was_cut_what_was_missed_and_what_went_wrong() -> None:
