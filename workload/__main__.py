@@ -177,6 +177,33 @@ def run_report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_export(arguments: argparse.Namespace) -> int:
+    from workload import checkpoint
+    from workload.convert import export_model
+
+    saved = checkpoint.load(find_checkpoint(arguments.run, arguments.checkpoint), only_model=True)
+    notes = export_model(saved, arguments.to, arguments.out)
+    print(f"step {saved.state.step} of {arguments.run} as {arguments.to}: {arguments.out}")
+    for note in notes:
+        print(f"note     {note}")
+    return 0
+
+
+def run_import(arguments: argparse.Namespace) -> int:
+    from workload.convert import import_model, render_imported
+
+    imported = import_model(
+        arguments.source,
+        arguments.out,
+        heads=arguments.heads,
+        tokenizer=arguments.tokenizer or "",
+        settings=arguments.set,
+    )
+    for line in render_imported(imported, arguments.source, arguments.out):
+        print(line)
+    return 0
+
+
 def prepare_device(arguments: argparse.Namespace) -> "tuple[torch.device, torch.dtype, int]":
     """(device, dtype, cores), and torch set to them."""
     import torch
@@ -192,15 +219,21 @@ def prepare_device(arguments: argparse.Namespace) -> "tuple[torch.device, torch.
     return device, choose_dtype(arguments.dtype, device, read_cpu_flags()), threads
 
 
+def find_checkpoint(path: Path, which: str) -> Path:
+    from workload import checkpoint
+
+    if not path.exists():
+        raise WorkloadError(f"{path}: there is no such folder", "name a run below runs/, or a checkpoint")
+    return checkpoint.find(path, which)
+
+
 def load_model(path: Path, which: str, device: "torch.device") -> "tuple[Checkpoint, GPT2]":
     import torch
 
     from workload import checkpoint
     from workload.model import GPT2
 
-    if not path.exists():
-        raise WorkloadError(f"{path}: there is no such folder", "name a run below runs/, or a checkpoint")
-    saved = checkpoint.load(checkpoint.find(path, which), only_model=True)
+    saved = checkpoint.load(find_checkpoint(path, which), only_model=True)
     with torch.device("meta"):
         model = GPT2(saved.config.model)
     model.load_state_dict(saved.model, assign=True)
@@ -288,6 +321,41 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--data", help="a prepared folder or text (default: the run's)")
     command.add_argument("--sequences", type=int, default=0, help="how many, evenly spaced; 0: all (default)")
     add_device(command)
+
+    command = add("export", run_export, "write a model as a file that other programs read")
+    add_run(command)
+    command.add_argument(
+        "--to",
+        required=True,
+        choices=("hf", "nanogpt", "book"),
+        help="hf: a folder for GPT2LMHeadModel; nanogpt: a ckpt.pt; book: safetensors for the book's GPTModel",
+    )
+    command.add_argument("--out", type=Path, required=True, help="folder (hf) or file to make")
+
+    command = add("import", run_import, "make a run of weights from elsewhere, to sample or to train on")
+    command.add_argument(
+        "source",
+        type=Path,
+        help="a Hugging Face folder, a nanoGPT ckpt.pt, or a .safetensors, the book's too",
+    )
+    command.add_argument("--out", type=Path, required=True, help="folder of the run to make")
+    command.add_argument(
+        "--heads",
+        type=int,
+        default=0,
+        help="attention heads, if the file does not say (default: of 64 channels)",
+    )
+    command.add_argument(
+        "--tokenizer", choices=("gpt2", "bytes"), help="default: by the size of the vocabulary"
+    )
+    command.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="configuration of training that may follow, as in train: data.source=… lr=… steps=…",
+    )
 
     command = add("report", run_report, "write a run's report.html again")
     command.add_argument("run", type=Path, help="folder of a run")
