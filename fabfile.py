@@ -9,6 +9,7 @@ from invoke.tasks import task
 from provision import fetch, flow, inspection, jobs
 from provision.apply import gather_facts
 from provision.console import dial, here, key_files, load, named, pins, readable
+from provision.find import unlock_machine
 from provision.machine import known_machines, load_stranger, machines_folder
 from provision.parallel import Executor, screen
 from provision.seed import describe_seed, load_keys, save_seed
@@ -60,10 +61,10 @@ def seed(c: Context, name: str, out: str = "") -> None:
 
 @task(help={"address": REACH["address"]})
 def unlock(c: Context, address: str = "") -> None:
-    """Give a machine that waits for it (disk.unlock = "ssh") the passphrase of its disk; return when it runs."""
+    """Wait until a machine runs that was switched on; give it the passphrase of its disk (disk.unlock = "ssh")."""
     with readable():
         machine = load(c, address)
-        host = dial(c, machine)
+        host = unlock_machine(machine, pins(), key_files(c.connect_kwargs), screen().console)
         screen().say(f"{machine.name} runs its {host.system} system at {host.address}.")
 
 

@@ -90,7 +90,8 @@ def reach(c: Connection, machine: Machine, fingerprint: str) -> Host:
             key_files=keys,
             confirm=screen().confirm,
         )
-    except Locked:
+    except Locked as error:
+        screen().say(error.message)
         return unlock_machine(machine, pins(), keys, screen().console)
 
 

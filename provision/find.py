@@ -245,7 +245,7 @@ class Finder:
         if self.search.network is not None and not self.may_sweep:
             sweep_too = f"To look for its key in all of {self.search.network} too: --sweep\n"
         return ProvisionError(
-            f"Waited {waited:.0f} s for {self.name} to come back from its reboot; last seen: {seen}",
+            f"Waited {waited:.0f} s for {self.name} to come up; last seen: {seen}",
             f"Its console shows its address; if that is a new one: fab -H {self.name} provision --address NEW\n"
             f"{sweep_too}If it is the same, when it is up: fab -H {self.name} provision",
         )
@@ -277,7 +277,19 @@ def reconnect_after_reboot(
 
 def opener_for(machine: Machine) -> Opener | None:
     """What opens its disk at boot, where we do that. Looks the passphrase up now: before a reboot, not after it."""
-    return Opener(reveal(machine.disk.passphrase)) if machine.disk.unlock == "ssh" else None
+    if machine.disk.unlock != "ssh":
+        return None
+    passphrase = passphrase_of(machine)
+    return Opener(lambda: passphrase)
+
+
+def passphrase_of(machine: Machine) -> str:
+    if not machine.disk.passphrase:
+        raise Locked(
+            f"{machine.name} waits for the passphrase of its disk, and disk.passphrase says no passphrase.",
+            "Put a reference to it into the machine file, or type it on the machine's console.",
+        )
+    return reveal(machine.disk.passphrase)
 
 
 def tell_on(console: Console, status: Status) -> Progress:
@@ -292,14 +304,8 @@ def tell_on(console: Console, status: Status) -> Progress:
 
 
 def unlock_machine(machine: Machine, pins: Path, key_files: Sequence[str], console: Console) -> Host:
-    """Give a machine that waits for it the passphrase of its disk, and wait until it runs."""
-    if not machine.disk.passphrase:
-        raise Locked(
-            f"{machine.name} waits for the passphrase of its disk, and disk.passphrase says no passphrase.",
-            "Put a reference to it into the machine file, or type it on the machine's console.",
-        )
-    opener = Opener(reveal(machine.disk.passphrase))
-    console.print(f"{machine.name} waits for the passphrase of its disk.")
+    """Wait until a machine runs that was switched on, and give it the passphrase of its disk where it waits for it."""
+    opener = Opener(lambda: passphrase_of(machine))
     with console.status("waiting for the machine") as status:
         host = reconnect_after_reboot(
             machine,
@@ -307,10 +313,12 @@ def unlock_machine(machine: Machine, pins: Path, key_files: Sequence[str], conso
             "",
             deadline_s=BOOT_S,
             opener=opener,
+            search=Search(lambda: elsewhere(machine, ())),
             key_files=key_files,
             on_wait=tell_on(console, status),
         )
-    console.print(f"Its disk is open, and {machine.name} runs.")
+    if opener.tries:
+        console.print(f"Its disk is open, and {machine.name} runs.")
     return host
 
 

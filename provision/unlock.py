@@ -6,6 +6,7 @@ stdin. Its exit status is 0 for a wrong passphrase too, so what it says is what 
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import paramiko
@@ -62,12 +63,16 @@ def give_passphrase(wanted: Wanted, passphrase: str) -> None:
 
 @dataclass
 class Opener:
-    """Opens the disk of a machine that is found waiting, and leaves it the time to boot on."""
+    """Opens the disk of a machine that is found waiting, and leaves it the time to boot on.
 
-    passphrase: str = field(repr=False)
+    `passphrase` is called when it is needed, and once.
+    """
+
+    passphrase: Callable[[], str] = field(repr=False)
     again_s: float = AGAIN_S
     tries: int = 0
     taken_at: float = 0.0
+    known: str = field(default="", repr=False)
 
     def open(self, wanted: Wanted) -> str:
         """What to tell a person who waits. Raises ProvisionError where waiting longer will not help."""
@@ -79,8 +84,9 @@ class Opener:
                 f"{name} took its passphrase {self.tries} times, and still waits for it.",
                 "Its console may say why; its initramfs cannot open the disk.",
             )
+        self.known = self.known or self.passphrase()
         try:
-            give_passphrase(wanted, self.passphrase)
+            give_passphrase(wanted, self.known)
         except Unreachable as error:
             return error.message
         self.tries += 1

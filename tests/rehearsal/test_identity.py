@@ -138,7 +138,7 @@ def test_nothing_is_typed_and_it_is_found_by_its_key(bed: Bed, monkeypatch: pyte
         vm.start()
         vm.wait_for_ssh()
         opened = operator.types(*fab_command("unlock"))
-        assert f"{NAME} waits for the passphrase of its disk." in opened
+        assert f"{NAME} was given the passphrase of its disk" in opened
         assert f"{NAME} runs its installed system at {ELSEWHERE}." in opened
         logs = [path for path in rehearsal.logs.rglob("*") if path.is_file()]
         assert logs

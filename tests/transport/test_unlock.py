@@ -172,7 +172,7 @@ def test_a_wrong_passphrase_is_said_and_not_shown(
 
 def test_too_early_is_tried_again(waiting: Waiting) -> None:
     waiting.inside("rm /run/mapper")
-    opener = Opener(PASSPHRASE)
+    opener = Opener(lambda: PASSPHRASE)
     assert "not ready" in opener.open(waiting.wanted())
     waiting.inside("touch /run/mapper")
     assert "was given" in opener.open(waiting.wanted())
@@ -181,7 +181,7 @@ def test_too_early_is_tried_again(waiting: Waiting) -> None:
 
 
 def test_a_machine_that_goes_on_waiting_is_given_up(waiting: Waiting) -> None:
-    opener = Opener(PASSPHRASE, again_s=0)
+    opener = Opener(lambda: PASSPHRASE, again_s=0)
     for _ in range(3):
         assert "was given" in opener.open(waiting.wanted())
     with pytest.raises(ProvisionError, match="took its passphrase 3 times"):
@@ -226,7 +226,8 @@ def test_the_task_and_any_other_task_open_it(waiting: Waiting) -> None:
         boot.start()
         done = fab(folder, "-H", "box", task)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "box waits for the passphrase of its disk." in done.stdout
+        assert "was given the passphrase of its disk" in done.stdout
+        assert ("waits for the passphrase of its disk." in done.stdout) == (task != "unlock")
         assert "Its disk is open, and box runs." in done.stdout
         assert says in done.stdout
         assert "horse" not in done.stdout + done.stderr
@@ -234,6 +235,16 @@ def test_the_task_and_any_other_task_open_it(waiting: Waiting) -> None:
         waiting.sshd.path("/run/done").unlink()
         waiting.sshd.stop_listening()
         waiting.start()
+    waiting.stop()
+    threading.Timer(3, waiting.start).start()  # it is switched on while we are asking already
+    boot = threading.Thread(target=waiting.boot_on)
+    boot.start()
+    done = fab(folder, "-H", "box", "unlock")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Connection refused" in done.stdout
+    boot.join()
+    waiting.sshd.stop_listening()
+    waiting.start()
     (folder / "box.toml").write_text(text.replace("env:PASSPHRASE", "env:NOT_THERE"))
     assert "The secret at env:NOT_THERE is empty or not there." in refused(fab(folder, "-H", "box", "disks"))
 
