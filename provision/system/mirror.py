@@ -71,8 +71,9 @@ sync --file-system "$second"
     yield Script(
         "mirror of the ESP",
         why=f"the firmware finds the same on the disk with serial {second.serial}",
-        # In a mount namespace of its own: nothing stays mounted, nothing is written.
-        probe=f"unshare --mount bash -c 'mount -o ro,{ESP_OPTIONS} {second.path} /srv &&"
+        # In a mount namespace of its own: nothing stays mounted, nothing is written. Not beside a copy at work.
+        probe="unshare --mount timeout 30 bash -c '"
+        f"until mount -o ro,{ESP_OPTIONS} {second.path} /srv; do sleep 1; done;"
         f' diff --recursive --brief {OWN} "$1"/boot /srv\' mirror "$root" && echo yes',
         script=f'"$root"{SYNC} "$root"',
     )
