@@ -72,8 +72,8 @@ sync --file-system "$second"
         "mirror of the ESP",
         why=f"the firmware finds the same on the disk with serial {second.serial}",
         # In a mount namespace of its own: nothing stays mounted, nothing is written. Not beside a copy at work.
-        probe="unshare --mount timeout 30 bash -c '"
-        f"until mount -o ro,{ESP_OPTIONS} {second.path} /srv; do sleep 1; done;"
+        probe=f"[[ -b {second.path} ]] && unshare --mount bash -c '"
+        f"for try in 1 2 3; do mount -o ro,{ESP_OPTIONS} {second.path} /srv && break; sleep 1; done; mountpoint -q /srv &&"
         f' diff --recursive --brief {OWN} "$1"/boot /srv\' mirror "$root" && echo yes',
         script=f'"$root"{SYNC} "$root"',
     )
