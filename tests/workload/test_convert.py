@@ -607,6 +607,10 @@ def test_nothing_that_exists_is_replaced(tmp_path: Path, capsys: pytest.CaptureF
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
     assert main(["import", str(tmp_path / "hf"), "--out", str(tmp_path / "x"), "--heads", "4"]) == 1
     assert "2 heads by its own word, not 4" in capsys.readouterr().err
+    below_a_file = str(tmp_path / "hf" / "config.json" / "x")
+    for kind in ("hf", "nanogpt", "book"):
+        assert main(["export", str(run), "--to", kind, "--out", below_a_file]) == 1
+        assert "x could not be written" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "none"), "--to", "hf", "--out", str(tmp_path / "x")]) == 1
     assert "there is no such folder" in capsys.readouterr().err
 
