@@ -3,6 +3,7 @@
 import http.server
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,10 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         if not parts or parts[0] not in self.folders or ".." in parts:
             return "/nonexistent"
         return str(self.folders[parts[0]].joinpath(*parts[1:])) + ("/" if path.endswith("/") else "")
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        with suppress(ConnectionError):  # a guest whose power was cut
+            super().copyfile(source, outputfile)
 
     def log_message(self, format: str, *args: Any) -> None:
         with self.log.open("a") as log:
