@@ -106,10 +106,9 @@ class Bench:
             seconds = time.monotonic() - began
         if done.returncode:
             raise SystemExit(f"the script by hand ended with {done.returncode}; see {log}")
-        if left := self.plan():
-            raise SystemExit(
-                f"the script by hand left undone: {', '.join(one.step.name for one in left.pending)}"
-            )
+        # The clock is as late as the script is old: a person would have typed today's time.
+        if left := [one.step.name for one in self.plan().pending if one.step.name != "clock"]:
+            raise SystemExit(f"the script by hand left undone: {', '.join(left)}")
         return seconds
 
 
