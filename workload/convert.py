@@ -114,9 +114,11 @@ def export_model(saved: Checkpoint, to: str, out: Path) -> list[str]:
     Raises WorkloadError when `out` exists, when the weights are not those of the configuration, and for an untied head
     in a kind that has none.
     """
+    refuse_existing(out)
     model, tokenizer = saved.config.model, saved.config.data.tokenizer
-    shapes = measure(model)
-    compare(shapes, {name: tuple(t.shape) for name, t in saved.model.items()}, "the checkpoint's weights")
+    compare(
+        measure(model), {name: tuple(t.shape) for name, t in saved.model.items()}, "the checkpoint's weights"
+    )
     if to == "nanogpt" and not model.tied:
         raise WorkloadError(
             "nanoGPT has one matrix for token embedding and output head; this model has two",
@@ -132,13 +134,10 @@ def export_model(saved: Checkpoint, to: str, out: Path) -> list[str]:
     with stage(out) as staging:
         {"hf": _write_hf, "nanogpt": _write_nanogpt, "book": _write_book}[to](staging, theirs, cut, saved)
     notes = []
-    if to == "nanogpt" and model.gelu_tanh:
+    if (to == "nanogpt" and model.gelu_tanh) or (to == "book" and not model.gelu_tanh):
+        other, mine = ("exact", "tanh") if model.gelu_tanh else ("tanh", "exact")
         notes.append(
-            "nanoGPT computes the exact GELU, this model the tanh one: logits differ in the third place"
-        )
-    if to == "book" and not model.gelu_tanh:
-        notes.append(
-            "the book computes the tanh GELU, this model the exact one: logits differ in the third place"
+            f"its code computes the {other} GELU, this model the {mine} one: each differs by up to 0.0005"
         )
     if to != "book" and not model.qkv_bias:
         notes.append("query, key and value have no bias here; in the file they have one of zeros")
@@ -259,9 +258,9 @@ def import_model(
     "bytes" ("": by the size of the vocabulary). settings: ``key=value``, on top of the defaults of config.py.
     The run is there as a whole or not at all. Raises WorkloadError for whatever is not a GPT-2 in full.
     """
-    source = read(path)
+    refuse_existing(out)
     notes: list[str] = []
-    source = _untie(source, notes)
+    source = _untie(read(path), notes)
     model = _guess_model(source, heads, notes)
     tokenizer = tokenizer or _guess_tokenizer(model.vocab_size, path)
     config = Config(model, DataConfig(tokenizer=tokenizer), TrainConfig())
@@ -290,7 +289,8 @@ def _untie(source: Source, notes: list[str]) -> Source:
     tensors = dict(source.tensors)
     tied = source.said.get("tied", head not in tensors)
     if head in tensors and embedding in tensors and source.said.get("tied", True):
-        tied = torch.equal(tensors[head], tensors[embedding])
+        one, other = tensors[head], tensors[embedding]
+        tied = one.dtype == other.dtype and torch.equal(one, other)
         if not tied and source.said.get("tied"):
             notes.append(f"{head} is not {embedding}, though the file says tied: kept as two")
     if tied:
@@ -310,8 +310,13 @@ def _guess_model(source: Source, heads: int, notes: list[str]) -> ModelConfig:
         tables.append(tensors[name].shape)
     matches = (re.match(r"(?:h|trf_blocks)\.(\d+)\.", name) for name in tensors)
     blocks = [int(match[1]) for match in matches if match]
+    if len(set(blocks)) != max(blocks) + 1:
+        raise WorkloadError(
+            f"{source.path}: {len(set(blocks))} blocks, but one has the number {max(blocks)}: some are missing",
+            FETCH_HINT,
+        )
     seen: dict[str, Any] = {
-        "n_layer": max(blocks) + 1,
+        "n_layer": len(set(blocks)),
         "n_embd": tables[0][1],
         "vocab_size": tables[0][0],
         "n_ctx": tables[1][0],
@@ -381,8 +386,12 @@ def convert(source: Source, config: ModelConfig) -> dict[str, Tensor]:
     gathered: dict[str, list[Tensor]] = {}
     for part in parts:
         tensor = tensors[part.theirs]
-        if not tensor.is_floating_point():
-            raise WorkloadError(f"{source.path}: {part.theirs} is {tensor.dtype}; weights are fractions")
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            raise WorkloadError(
+                f"{source.path}: {part.theirs} is {tensor.dtype}, {tensor.layout}, on {tensor.device}; "
+                "weights are plain fractions",
+                FETCH_HINT,
+            )
         tensor = tensor.to(torch.float32)
         if not torch.isfinite(tensor).all():
             raise WorkloadError(
@@ -419,14 +428,19 @@ def _some(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def refuse_existing(out: Path) -> None:
+    """Raise WorkloadError when `out` is there: before minutes of reading, not after."""
+    if out.exists():
+        raise WorkloadError(f"{out} exists", "name another --out, or remove it first")
+
+
 @contextmanager
 def stage(out: Path) -> Iterator[Path]:
     """A path beside `out` to make a file or folder at; it becomes `out` when all of it is on the disk, or goes.
 
     Raises WorkloadError when `out` exists, and when writing fails.
     """
-    if out.exists():
-        raise WorkloadError(f"{out} exists", "name another --out, or remove it first")
+    refuse_existing(out)
     staging = out.parent / f".{out.name}.partial"
     umask = os.umask(0o077)
     os.umask(umask)
@@ -441,11 +455,7 @@ def stage(out: Path) -> Iterator[Path]:
             _sync(path)
         staging.rename(out)
         _sync(out.parent)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors have their own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
         raise WorkloadError(
             f"{out} could not be written: {error}", "nothing of it is left; make room, or name another --out"
         ) from error
@@ -485,4 +495,5 @@ def render_imported(imported: Imported, source: Path, out: Path) -> Iterable[str
     for note in imported.notes:
         yield f"note     {note}"
     yield f"use      python -m workload sample {out}"
-    yield f"         python -m workload train --resume --out {out}"
+    data = imported.config.data.source
+    yield f"train    python -m workload train --resume --out {out}    (on {data}; import with --set source=… for other data)"

@@ -187,6 +187,7 @@ def _parse_hf(document: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
 
 def _parse_nanogpt(content: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """model_args. Its GELU is the exact one (since 2023-05-17; ``--set gelu_tanh=true`` for checkpoints from before)."""
     model_args, config = content["model_args"], content.get("config")
     if not isinstance(model_args, dict):
         raise WorkloadError(f"{where}: model_args is no table", FETCH_HINT)
