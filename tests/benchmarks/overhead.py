@@ -135,7 +135,7 @@ def render(
         "",
         f"- at most {GOAL} times as long: {'met' if middle <= GOAL else 'MISSED'}, {middle:.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
         "",
-        f"State of the machine: {os.cpu_count()} processors, load (1 minute) before each round and at the end {', '.join(loads)}; "
+        f"State of the machine: {os.cpu_count()} processors, load (1 minute) before and after each round {', '.join(loads)}; "
         f"{platform.system()} {platform.release()}, Python {platform.python_version()}.",
     ]
     return "\n".join(lines) + "\n"
@@ -158,14 +158,13 @@ def main() -> int:
     command = f"python -m tests.benchmarks.overhead --rounds {options.rounds}"
     ours: list[tuple[float, float]] = []
     hand: list[float] = []
-    loads = []
     with Bed(options.cache, on_build=lambda name: print(f"building {name}", flush=True)) as bed:
         bench = Bench(bed, bed.machine("overhead"))
         bench.fresh()
         plan = bench.plan()
         script = by_hand(plan)
+        loads = [load()]
         for turn in range(options.rounds):
-            loads.append(load())
             for who in ("ours", "hand") if turn % 2 == 0 else ("hand", "ours"):
                 if who == "ours":
                     ours.append(bench.ours())
@@ -174,11 +173,10 @@ def main() -> int:
                 print(
                     f"round {turn + 1}, {who}: {ours[-1][0] if who == 'ours' else hand[-1]:.1f} s", flush=True
                 )
-        loads.append(load())
+            loads.append(load())
+            write_part(render(ours, hand, len(plan.pending), loads, command), options.out)
         bench.vm.kill()
-    text = render(ours, hand, len(plan.pending), loads, command)
-    write_part(text, options.out)
-    print(text)
+    print(render(ours, hand, len(plan.pending), loads, command))
     return int(
         statistics.median(whole / theirs for (whole, _), theirs in zip(ours, hand, strict=True)) > GOAL
     )
