@@ -190,10 +190,19 @@ def _write_hf(folder: Path, theirs: dict[str, Tensor], model: ModelConfig, saved
 def _write_nanogpt(file: Path, theirs: dict[str, Tensor], model: ModelConfig, saved: Checkpoint) -> None:
     tensors = {f"transformer.{name}": tensor for name, tensor in theirs.items()}
     _fill_qkv_bias(tensors, model)
+    # An optimizer without moments, which its train.py loads before it goes on: two groups, of matrices and of the rest.
+    train, matrices = saved.config.train, [t for t in tensors.values() if t.dim() >= 2]
+    rest = [t for t in tensors.values() if t.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": train.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=train.lr,
+        betas=(train.beta1, train.beta2),
+    )
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]  # one storage under two names: stored once
     best = saved.state.best_val_loss
     content = {
         "model": tensors,
+        "optimizer": optimizer.state_dict(),
         "model_args": {
             "n_layer": model.n_layer,
             "n_head": model.n_head,

@@ -332,6 +332,9 @@ def test_an_export_to_nanogpt_is_what_its_code_expects(tmp_path: Path) -> None:
         "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 16, "vocab_size": 257, "dropout": 0.0, "bias": True,
     }  # fmt: skip
     assert (content["iter_num"], content["best_val_loss"]) == (7, 1.5)
+    groups = [len(group["params"]) for group in content["optimizer"]["param_groups"]]
+    assert groups == [2 + 4 * 2, 2 + 8 * 2]  # as nanoGPT makes them: matrices, then biases and layer norms
+    assert content["optimizer"]["state"] == {}
     state = content["model"]
     expected = {f"transformer.{name}" for name in measure(TINY)} | {"lm_head.weight"}
     assert state.keys() == expected

@@ -145,6 +145,7 @@ def test_the_page_needs_nothing_else_whatever_the_text(text: str) -> None:
     assert (
         sum(tag == "svg" for tag, _ in tags) == heads + maps + 5
     )  # and flow, two of vectors, ratio, guesses
+    assert not re.search(r"'[<&]'", page)  # tokens are escaped wherever they are named
     told = render_text(walk, model, BYTES, "a <model>")
     assert f"(T,) = ({len(walk.ids)},)" in told
     assert len(re.findall(r"^ +\d+  ['<].*  \d+$", told, re.M)) == min(len(walk.ids), MOST_TOKENS)
