@@ -23,9 +23,15 @@ pytestmark = pytest.mark.rehearsal
 PASSPHRASE = "opened from afar"
 UNLOCKED_OVER_SSH = """
 [disk]
+root_gib = 8
+swap = "partition"
+swap_gib = 1
 encryption = "luks"
 passphrase = "env:REHEARSAL_PASSPHRASE"
 unlock = "ssh"
+
+[system]
+kernels = ["linux-lts", "linux"]
 """
 ELSEWHERE = "127.0.0.9"
 WAIT_S = 2400
@@ -97,9 +103,9 @@ class Operator:
 
 
 def test_nothing_is_typed_and_it_is_found_by_its_key(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A seed; encrypted, its initramfs waits for us; another address after the reboot; then it is opened once more."""
+    """A seed; SATA, root, /home and swap encrypted, two kernels; its initramfs waits for us; another address; opened once more."""
     monkeypatch.setenv("REHEARSAL_PASSPHRASE", PASSPHRASE)
-    vm = bed.machine("identity", (Disk("REHEARSAL0"),))
+    vm = bed.machine("identity", (Disk("REHEARSAL0", 16, bus="sata"),))
     rehearsal = Rehearsal(bed, vm, Console(quiet=True), UNLOCKED_OVER_SSH)
     operator = Operator(rehearsal)
     try:
@@ -132,7 +138,14 @@ def test_nothing_is_typed_and_it_is_found_by_its_key(bed: Bed, monkeypatch: pyte
             assert f"Found again at {ELSEWHERE}, by the host key" in output.read_text()
         assert {NAME, f"{NAME}.live", f"{NAME}.unlock"} == set(load_pins(pins))
         assert f'address = "{ELSEWHERE}"' in (operator.machines / f"{NAME}.local.toml").read_text()
-        assert "root crypt" in operator.ssh(NAME, "ml", "lsblk --noheadings --raw --output NAME,TYPE; sync")
+        seen = operator.ssh(
+            NAME, "ml", "lsblk --noheadings --raw --output NAME,TYPE,FSTYPE,MOUNTPOINTS; sync"
+        ).splitlines()
+        assert {"root crypt ext4 /", "home crypt ext4 /home", "swap crypt swap [SWAP]"} <= set(seen)
+        assert operator.ssh(NAME, "ml", "sudo ls /boot/loader/entries").split() == [
+            "arch-linux-lts.conf",
+            "arch-linux.conf",
+        ]
 
         vm.kill()
         vm.start()

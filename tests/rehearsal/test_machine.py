@@ -3,23 +3,24 @@
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from provision.facts import PROBE, Disk, parse_facts
+from provision.machine import Machine, load_machine
 from provision.pins import fingerprint_of, parse_key
-from provision.rehearsal.bed import Bed
+from provision.rehearsal.bed import NAME, Bed
 from provision.rehearsal.loop import Rehearsal, fab_command
-from provision.rehearsal.vm import Vm, wait_until
+from provision.rehearsal.vm import Vm
+from provision.system import system
+from provision.system.disk import find_disks
+from tests.rehearsal.hardware import FOUR_DISKS, forget
 
 pytestmark = pytest.mark.rehearsal
-
-PACSTRAP_WAIT_S = 600
 
 LIVE = r"""
 set -euo pipefail
@@ -29,10 +30,10 @@ echo "shell $(getent passwd root | cut -d: -f7)"
 echo "medium $(lsblk -no PKNAME "$(findmnt -no SOURCE /run/archiso/bootmnt)")"
 echo "disk $(lsblk -dno NAME,SERIAL | awk '$2 == "REHEARSAL0" { print $1 }')"
 [[ -d /sys/firmware/efi/efivars ]] && echo uefi
-for tool in sgdisk mkfs.ext4 mkfs.fat mkfs.btrfs cryptsetup pacstrap genfstab arch-chroot efibootmgr rsync curl tmux; do
+for tool in sgdisk mkfs.ext4 mkfs.fat mkfs.btrfs mkfs.xfs cryptsetup mdadm lvm cloud-init pacstrap genfstab arch-chroot efibootmgr rsync curl tmux; do
   command -v "$tool" > /dev/null || echo "lacks $tool"
 done
-for tool in git uv gcc kexec; do
+for tool in git uv gcc kexec dropbear; do
   ! command -v "$tool" > /dev/null || echo "has $tool"
 done
 echo "keyring $(systemctl is-active pacman-init.service)"
@@ -89,8 +90,9 @@ def test_live_system_is_like_the_iso(bed: Bed, vm: Vm) -> None:
     assert script(bed, vm, REPOSITORY.replace("SERVERS", servers)) == []
 
 
-def test_a_disk_that_holds_something_is_guarded(bed: Bed, vm: Vm) -> None:
+def test_a_disk_that_holds_something_is_guarded(bed: Bed) -> None:
     """Every way to point it at the wrong disk, or at one that is in use: one message, and not a byte is written."""
+    vm = bed.machine("guarded", FOUR_DISKS)
     rehearsal = Rehearsal(bed, vm, Console(quiet=True))
     rehearsal.boot(cold=False)
     wishes = rehearsal.machines / "rehearsal.toml"
@@ -101,8 +103,16 @@ def test_a_disk_that_holds_something_is_guarded(bed: Bed, vm: Vm) -> None:
         vm,
         "sgdisk --new=1:0:0 --change-name=1:pictures /dev/vdb\npartprobe /dev/vdb\nmkfs.ext4 -q -L photos /dev/vdb1\n",
     )
+    tower = "root@tower"  # what an installation for another machine calls its root
+    script(
+        bed, vm, f"sgdisk --new=1:0:0 --typecode=1:8304 --change-name=1:{tower} /dev/vdc\npartprobe /dev/vdc"
+    )
     script(bed, vm, "sync")
-    before = hashlib.sha256(vm.disk_paths()[0].read_bytes()).hexdigest()
+
+    def content() -> list[str]:
+        return [hashlib.sha256(path.read_bytes()).hexdigest() for path in vm.disk_paths()]
+
+    before = content()
 
     def says(text: str, *words: str, status: int = 1) -> None:
         done = subprocess.run(
@@ -118,7 +128,7 @@ def test_a_disk_that_holds_something_is_guarded(bed: Bed, vm: Vm) -> None:
 
     says("This would be lost", "plan", status=0)
     says("The disk holds something that is not ours; nothing was changed.", "provision")
-    says("ext4 photos pictures", "provision")
+    says("ext4 photos pictures 0.2 GiB used", "provision")
     says(
         "--wipe=MEDIUM is not the disk of machine 'rehearsal', whose serial is REHEARSAL0",
         "provision",
@@ -128,10 +138,36 @@ def test_a_disk_that_holds_something_is_guarded(bed: Bed, vm: Vm) -> None:
     says("is the install medium itself", "provision", "--wipe=MEDIUM")
     wishes.write_text(asked.replace('"REHEARSAL0"', '"OTHER"'))
     says("No disk with serial 'OTHER'", "provision", "--wipe=OTHER")
+    wishes.write_text(asked.replace('"REHEARSAL0"', '"REHEARSAL0"\nsize_gib = 9'))
+    says("holds 8.0 GiB, and disk.size_gib of machine 'rehearsal' says 9", "provision", "--wipe=REHEARSAL0")
+    wishes.write_text(asked.replace('"REHEARSAL0"', '"REHEARSAL1"'))
+    says("an installation of ours, for machine 'tower'", "provision")
     wishes.write_text(asked)
+    machine = load_machine(NAME, rehearsal.machines)
+    planned, wipe = plan_the_wipe(bed, vm, machine)
     script(bed, vm, "mkdir /tmp/photos\nmount -o ro,noload /dev/vdb1 /tmp/photos")
     says("is in use: /tmp/photos", "provision", "--wipe=REHEARSAL0")
-    assert hashlib.sha256(vm.disk_paths()[0].read_bytes()).hexdigest() == before
+    assert "something on it is in use: /tmp/photos" in refusal(bed, vm, wipe)
+    script(bed, vm, "umount /tmp/photos")
+    swapped = wipe.replace(f"disk={planned.path}", "disk=/dev/vdc")  # the kernel's names, after another boot
+    assert "its serial is 'REHEARSAL1', not REHEARSAL0" in refusal(bed, vm, swapped)
+    medium = wipe.replace(f"disk={planned.path}", "disk=/dev/vda").replace("== REHEARSAL0", "== MEDIUM")
+    assert "refused to wipe /dev/vda" in refusal(bed, vm, medium)
+    assert content() == before
+    script(bed, vm, "e2label /dev/vdb1 holiday\nudevadm settle")
+    assert "what it holds changed since it was planned" in refusal(bed, vm, wipe)
+    forget(vm)
+
+
+def plan_the_wipe(bed: Bed, vm: Vm, machine: Machine) -> tuple[Disk, str]:
+    """The target as a probe saw it now, and the script that would wipe it."""
+    facts = parse_facts("\n".join(script(bed, vm, PROBE)))
+    step = next(step for step in system(machine, facts, facts.clock_s) if step.name.startswith("partition "))
+    return find_disks(machine, facts)[0], f"set -euo pipefail\n{step.script}"
+
+
+def refusal(bed: Bed, vm: Vm, wipe: str) -> str:
+    return "\n".join(script(bed, vm, f"bash <<'WIPE' || true\n{wipe}\nWIPE"))
 
 
 def test_whole_way_in_one_command(tmp_path: Path, bed: Bed) -> None:
@@ -153,55 +189,3 @@ def test_whole_way_in_one_command(tmp_path: Path, bed: Bed) -> None:
     for manifest in manifests:
         for name, wanted in json.loads(manifest.read_text())["files"].items():
             assert hashlib.sha256((manifest.parent / name).read_bytes()).hexdigest() == wanted["sha256"]
-
-
-def test_killed_in_pacstrap_and_run_again(bed: Bed, vm: Vm, tmp_path: Path) -> None:
-    """`fab provision` killed, then the machine's power cut; the same command each time, and the last one finishes."""
-    rehearsal = Rehearsal(bed, vm, Console(width=160))
-    rehearsal.boot(cold=False)
-
-    first = start_provision(rehearsal, tmp_path / "first")
-    wait_for(
-        vm, first, lambda: "filesystem-1-1-x86_64.pkg.tar.zst" in bed.ssh(vm, "ls -R /mnt/var/cache || true")
-    )
-    kill(first)
-    assert "pacstrap" in bed.ssh(vm, "ps -eo args"), "the work goes on without the one who began it"
-
-    second = start_provision(rehearsal, tmp_path / "second")
-    wait_for(vm, second, lambda: "following it" in (tmp_path / "second").read_text())
-    vm.kill()
-    kill(second)
-
-    rehearsal.boot_again()
-    rehearsal.provision()
-    first_plan = (rehearsal.logs / "provision.log").read_text().split("done ")[0]
-    assert re.search(r"install \d+ packages", first_plan), "it was cut in the middle"
-    assert "partition /dev" not in first_plan, "what was whole was kept"
-
-    rehearsal.fab("plan", deadline_s=600)
-    assert "nothing to do" in (rehearsal.logs / "plan.log").read_text()
-
-
-def start_provision(rehearsal: Rehearsal, output: Path) -> subprocess.Popen[bytes]:
-    fingerprint = fingerprint_of(parse_key(rehearsal.bed.parts.keys.host_line))
-    with output.open("wb") as file:
-        return subprocess.Popen(
-            fab_command("provision", "--fingerprint", fingerprint),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            env={**os.environ, **rehearsal.environment, "PYTHONUNBUFFERED": "1"},
-        )
-
-
-def wait_for(vm: Vm, fab: subprocess.Popen[bytes], done: Callable[[], bool]) -> None:
-    def check() -> None:
-        vm.check()
-        assert fab.poll() is None, "fab ended before it could be killed"
-
-    wait_until(done, check, PACSTRAP_WAIT_S, "fab to get that far")
-
-
-def kill(fab: subprocess.Popen[bytes]) -> None:
-    fab.kill()
-    fab.wait()

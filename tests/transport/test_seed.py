@@ -1,6 +1,5 @@
 """The seed: what is in the image, that it lets us in with nothing typed, and that no pin is ever silently wrong."""
 
-import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -104,19 +103,6 @@ def test_the_instance_changes_with_the_content(machine: Machine) -> None:
     assert first["instance-id"] != other["instance-id"]
     assert first["local-hostname"] == "box", "by which it answers in mDNS"
     assert "PRIVATE" not in repr(key)
-
-
-def test_cloud_init_itself_finds_nothing_wrong(machine: Machine, tmp_path: Path) -> None:
-    if not shutil.which("cloud-init"):
-        pytest.skip("cloud-init is not installed here; the rehearsal's medium runs it")
-    (tmp_path / "user-data").write_text(render_seed(machine, [KEY], make_host_key())["user-data"])
-    done = subprocess.run(
-        ["cloud-init", "schema", "--config-file", tmp_path / "user-data"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_whom_it_lets_in(home: Path, folder: Path) -> None:
