@@ -91,14 +91,14 @@ def save(
     (staging / "config.toml").write_text(render_toml(config), encoding="utf-8")
     files = {}
     for path in sorted(staging.iterdir()):
-        _sync(path)
+        sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     manifest = {"format": FORMAT, "step": state.step, "files": files}
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync(staging / MANIFEST)
-    _sync(staging)
+    sync(staging / MANIFEST)
+    sync(staging)
     staging.rename(final)
-    _sync(folder)
+    sync(folder)
     point(folder, "latest", final.name)
     return final
 
@@ -107,9 +107,9 @@ def point(folder: Path, pointer: str, name: str) -> None:
     """Make ``folder/pointer`` say `name`, at once or not at all."""
     staging = folder / f".{pointer}.partial"
     staging.write_text(f"{name}\n", encoding="utf-8")
-    _sync(staging)
+    sync(staging)
     staging.replace(folder / pointer)
-    _sync(folder)
+    sync(folder)
 
 
 def list_complete(folder: Path) -> list[Path]:
@@ -217,7 +217,7 @@ def _read_pointer(folder: Path, pointer: str) -> str:
         return ""
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make the file's content, or the folder's names, survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workload import checkpoint
-from workload.checkpoint import Checkpoint, State
+from workload.checkpoint import Checkpoint, State, sync
 from workload.config import (
     TOKENIZERS,
     Config,
@@ -461,9 +461,9 @@ def stage(out: Path) -> Iterator[Path]:
         for path in (*staging.rglob("*"), staging):
             if path.is_file():
                 path.chmod(mode)
-            _sync(path)
+            sync(path)
         staging.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
         raise WorkloadError(
             f"{out} could not be written: {error}", "nothing of it is left; make room, or name another --out"
@@ -478,15 +478,6 @@ def _remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
-
-
-def _sync(path: Path) -> None:
-    """Make the file's content, or the folder's names, survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _write_json(file: Path, document: object) -> None:
