@@ -23,7 +23,7 @@ APPLY_DEADLINE_S = 4 * 3600  # a full install over a slow mirror
 
 def gather_facts(host: Host) -> Facts:
     """One exec: what the host is and has."""
-    return parse_facts(host.run(PROBE, deadline_s=PROBE_DEADLINE_S).stdout)
+    return parse_facts(host.look(PROBE, deadline_s=PROBE_DEADLINE_S).stdout)
 
 
 def plan_for(machine: Machine, facts: Facts, host: Host) -> Plan:
@@ -31,7 +31,7 @@ def plan_for(machine: Machine, facts: Facts, host: Host) -> Plan:
     steps = system(machine, facts, now_s=int(time.time()))
     live = facts.system == "live"
     root, mounts = (MOUNT, layout(machine).probe_mounts) if live else ("", ())
-    answer = host.run(render_probes(steps, root, mounts), deadline_s=PROBE_DEADLINE_S).stdout
+    answer = host.look(render_probes(steps, root, mounts), deadline_s=PROBE_DEADLINE_S).stdout
     title = f"{machine.name}, {'live ISO' if live else 'installed system'} at {host.address}"
     return make_plan(title, steps, parse_probes(steps, answer))
 
@@ -116,12 +116,12 @@ def demand_empty(plan: Plan) -> None:
 
 def read_host_key(host: Host) -> str:
     """The public half of the key that the new system will present."""
-    return host.run(f"cat {MOUNT}{HOST_KEY}.pub").stdout.strip()
+    return host.look(f"cat {MOUNT}{HOST_KEY}.pub").stdout.strip()
 
 
 def read_unlock_key(host: Host) -> str:
     """The public half of the key that the initramfs will present, where it has an sshd."""
-    return host.run(f"cat {MOUNT}{UNLOCK_KEY}.pub").stdout.strip()
+    return host.look(f"cat {MOUNT}{UNLOCK_KEY}.pub").stdout.strip()
 
 
 def unmount_target(host: Host) -> None:

@@ -28,6 +28,7 @@ from provision.units import Following, OnLine, folder_of, follow_script, start_s
 __all__ = ["Host", "Result", "Traffic", "connect"]
 
 LAST_LINES = 20  # of output, in an error message
+AWAY_S = 90.0  # for how long one that went away is dialled, where nothing was begun on it or all can be asked again
 RECONNECT_S = 3600.0  # for how long a machine that went away is dialled, where a follower has no deadline
 BACKOFF_S = (0.5, 1, 2, 4, 8, 15)  # between two attempts to dial
 TIMED_OUT = 124  # timeout(1)
@@ -137,6 +138,17 @@ class Host:
             raise ScriptFailed(f"{self.name}: the script ended with status {code}:\n{said}", code=code)
         return result
 
+    def look(self, script: str, *, deadline_s: float = 60) -> Result:
+        """`run` of a script that only reads: where the connection is lost in it, it is dialled and asked again."""
+        until = time.monotonic() + deadline_s + AWAY_S
+        while True:
+            try:
+                return self.run(script, deadline_s=deadline_s)
+            except ConnectionLost as error:
+                if time.monotonic() > until:
+                    raise
+                self.progress(f"{error.message.split('. ')[0]}; dialling again")
+
     def _bash(
         self,
         script: str,
@@ -150,7 +162,7 @@ class Host:
         limit: str = "",
     ) -> int:
         if not self.link.alive:  # nothing was sent yet, so dialling again is safe
-            self.reconnect()
+            self._dial_until(time.monotonic() + AWAY_S)
         sudo = "sudo -n " if as_root and self.user != "root" else ""
         return self.link.bash(script, stdin, out, err, prefix=sudo + limit, what=what, deadline_s=deadline_s)
 

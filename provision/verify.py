@@ -79,4 +79,4 @@ def checks(machine: Machine, has_gpu: bool) -> list[Check]:
 def verify(machine: Machine, host: Host, has_gpu: bool) -> list[Outcome]:
     """One exec: all checks, in order."""
     wanted = checks(machine, has_gpu)
-    return parse_checks(wanted, host.run(render_checks(wanted), deadline_s=DEADLINE_S).stdout)
+    return parse_checks(wanted, host.look(render_checks(wanted), deadline_s=DEADLINE_S).stdout)

@@ -321,3 +321,26 @@ def test_a_reader_that_is_slow_loses_nothing(host: Host, monkeypatch: pytest.Mon
     code = host.link.bash("seq 1 30000", b"", slowly, read.append, what="the script", deadline_s=60)
     assert code == 0
     assert b"".join(read) == b"".join(b"%d\n" % number for number in range(1, 30001))
+
+
+def test_what_only_looks_is_asked_again_after_a_lost_connection(sshd: Sshd, proxy: Proxy) -> None:
+    """Away for some seconds in the middle of a probe, and once more between two: nobody has to type anything again."""
+    sshd.pin()
+    with Host(Wanted(sshd.machine(port=proxy.port), sshd.pins)) as host:
+        before = proxy.relayed_bytes
+
+        def cut() -> None:
+            wait_for(lambda: proxy.relayed_bytes > before + 1000, "the probe to be on its way")
+            proxy.cut(accept=False)
+            time.sleep(2)
+            proxy.mend()
+
+        cutter = threading.Thread(target=cut)
+        cutter.start()
+        assert host.look("sleep 1; echo seen").stdout == "seen\n"
+        cutter.join()
+        assert proxy.accepted >= 2
+        proxy.cut(accept=False)
+        wait_for(lambda: not host.link.alive, "the loss to be noticed")
+        threading.Timer(2, proxy.mend).start()
+        assert host.run("echo back").stdout == "back\n"
