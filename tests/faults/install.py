@@ -297,6 +297,7 @@ class Install:
 
     def connection(self, fab: Fab, event: Frozen, cut: Cut) -> Fab:
         """Away for less than a minute, while the machine goes on; `fab` comes back to it by itself."""
+        self.engage(fab)
         if cut.drop == "swallow":
             self.proxy.swallow()
         else:
