@@ -8,6 +8,7 @@ import pickle
 import resource
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -630,29 +631,29 @@ def test_nothing_that_exists_is_replaced(tmp_path: Path, capsys: pytest.CaptureF
     assert "there is no such folder" in capsys.readouterr().err
 
 
-@pytest.fixture
-def small_disk() -> Iterator[Callable[[int], None]]:
-    """Files of this process may not grow past so many bytes, as on a disk that is full."""
+@contextmanager
+def small_disk(most: int) -> Iterator[None]:
+    """Files of this process may not grow past so many bytes, as on a disk that is full; pytest's own output neither."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("kind", ["hf", "nanogpt", "book", "import"])
-def test_a_full_disk_leaves_nothing_and_says_so(
-    tmp_path: Path, kind: str, small_disk: Callable[[int], None]
-) -> None:
+def test_a_full_disk_leaves_nothing_and_says_so(tmp_path: Path, kind: str) -> None:
     saved = saved_of(make())
     export_model(saved, "hf", tmp_path / "hf")
     (tmp_path / "out").mkdir()
-    small_disk(8192)
     out = tmp_path / "out" / "x"
     act = (
         (lambda: import_model(tmp_path / "hf", out))
         if kind == "import"
         else (lambda: export_model(saved, kind, out))
     )
-    with pytest.raises(WorkloadError, match="could not be written") as caught:
+    with small_disk(8192), pytest.raises(WorkloadError, match="could not be written") as caught:
         act()
     assert "make room" in caught.value.hint
     assert list((tmp_path / "out").iterdir()) == []
