@@ -133,9 +133,11 @@ def reboot_and_find(
             key_files=host.wanted.key_files,
             on_wait=tell_on(console, status),
         )
-    console.print(f"Found again at {found.address}, by the host key that it was given.")
-    if found.wanted.host != host.wanted.host:
+    moved = found.wanted.host != host.wanted.host
+    if moved:
         save_local(pins.parent, machine.name, "ssh", "address", found.wanted.host)
+    console.print(f"Found again at {found.address}, by the host key that it was given.")
+    if moved:
         console.print(f"Its new address is kept in {pins.parent / machine.name}.local.toml.")
     return found
 
