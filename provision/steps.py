@@ -137,7 +137,8 @@ if [[ -e $doubt ]]; then
   rm -f "$pacman/db.lck" "$pacman"/sync/*
   find "$pacman/local" -mindepth 2 -maxdepth 2 -name desc -size 0 -printf '%h\\0' | xargs --null --no-run-if-empty rm -r
   again=$(find "$pacman/local" -mindepth 1 -maxdepth 1 -type d -newer "$doubt" -printf '%f\\n' | sed 's/-[^-]*-[^-]*$//')
-  transaction || transaction  # a download may be spoiled too: pacman deletes it, and fails
+  # A download may be spoiled too: pacman deletes a whole one, and fails; of a begun one the mirror may have no rest.
+  transaction || {{ rm -f "$root"/var/cache/pacman/pkg/*.part; transaction; }}
 else
   mkdir -p "${{doubt%/*}}"
   touch "$doubt"

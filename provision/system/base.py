@@ -60,7 +60,8 @@ def bootstrap(packages: Step, machine: Machine) -> Step:
 
     An attempt that was cut off leaves half-written packages, so the root is emptied again but for what
     was downloaded. Of that a power cut may have spoiled some: pacman deletes what has a wrong checksum, and
-    fails; so where there were downloads it is asked once more.
+    fails; so where there were downloads it is asked once more, and without those that were begun: a mirror that
+    knows no byte ranges would refuse their rest again.
     BASE_COMPLETE is written last, after a sync: it cannot exist on an unfinished root.
     """
     keyring = "" if machine.mirror.signatures == "Never" else "-K "
@@ -89,7 +90,8 @@ else
   downloads=$(find "$root/{DOWNLOADS}" -type f -print -quit 2> /dev/null || true)
   install_base() {{ pacstrap {keyring}"$root" {join(packages.packages)} --noprogressbar; }}
   {ask_mirrors(machine)}
-  install_base || {{ [[ $downloads ]] && install_base; }} || {{ ask_mirrors || true; exit 1; }}
+  begun() {{ find "$root/{DOWNLOADS}" -name '*.part' -delete; }}
+  install_base || {{ [[ $downloads ]] && begun && install_base; }} || {{ ask_mirrors || true; exit 1; }}
   mkdir -p "$root"{BASE_COMPLETE.rpartition("/")[0]}
   sync
   touch "$root"{BASE_COMPLETE}

@@ -1,4 +1,7 @@
-"""Machines that several tests use: the same hardware shares one saved state."""
+"""Machines that several tests use: the same hardware shares one saved state. And which day it is, for those that rotate."""
+
+import os
+from datetime import date
 
 from provision.rehearsal.qemu import Disk
 from provision.rehearsal.vm import Vm
@@ -7,6 +10,11 @@ FOUR_DISKS = tuple(
     Disk(serial, size_gib)
     for serial, size_gib in (("REHEARSAL0", 8), ("REHEARSAL1", 8), ("ARCHIVE0", 1), ("BLANK0", 1))
 )
+
+
+def today() -> int:
+    """A number that is another one each day, or that of METAL_DAY."""
+    return int(os.environ.get("METAL_DAY", date.today().toordinal()))
 
 
 def forget(vm: Vm) -> None:

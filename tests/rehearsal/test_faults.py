@@ -1,6 +1,6 @@
 """What goes wrong on the way, in a real machine: cuts in a few Steps, others every day, and faults that a person mends.
 
-The day's cuts are printed; METAL_FAULTS_DAY repeats those of another day. All of them: `make faults`.
+The day's cuts are printed; METAL_DAY repeats those of another day. All of them: `make faults`.
 """
 
 import os
@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import date
 
 import pytest
 
@@ -27,6 +26,7 @@ from tests.faults.cuts import Cut, rotate
 from tests.faults.install import SPOILED, Fab, Install
 from tests.faults.leaks import find_leaks
 from tests.faults.watch import Frozen
+from tests.rehearsal.hardware import today
 from tests.sshd import Proxy, wait_for
 
 pytestmark = pytest.mark.rehearsal
@@ -56,11 +56,11 @@ def test_cut_in_todays_steps_and_run_again(bed: Bed, vm: Vm) -> None:
     It is ended where the last Step begins: nothing else is left to do then. The password that was set on the way is
     to be read nowhere.
     """
-    day = int(os.environ.get("METAL_FAULTS_DAY", date.today().toordinal()))
+    day = today()
     install = Install(bed, vm, [], SECRET, print)
     with install.machine():
         cuts = rotate({"live": live_steps(install), "installed": installed_steps(install)}, day)
-        print(f"METAL_FAULTS_DAY={day}", *cuts, sep="\n")
+        print(f"METAL_DAY={day}", *cuts, sep="\n")
         install.cuts = [*cuts, Cut("installed", LAST, "stop", 1.0)]
         outcome = install.until_done()
         assert install.stopped
@@ -142,6 +142,7 @@ def half_way(mirror: Proxy) -> None:
     threading.Thread(target=cut).start()
 
 
+@pytest.mark.rotating
 def test_faults_that_a_person_mends(bed: Bed, vm: Vm) -> None:
     """Keyring, clock, mirror, disk: what is wrong is named; mended, the same command goes on."""
     install = Mishap(bed, vm, [], SECRET, print)

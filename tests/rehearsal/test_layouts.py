@@ -69,6 +69,7 @@ def installed(rehearsal: Rehearsal, script: str) -> str:
     return done.stdout
 
 
+@pytest.mark.rotating
 def test_an_encrypted_machine_is_opened_by_its_tpm(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
     """NVMe, LUKS2, btrfs subvolumes, swap file; booted without anybody; and, by another TPM, with the passphrase."""
     monkeypatch.setenv("REHEARSAL_PASSPHRASE", PASSPHRASE)
@@ -112,6 +113,7 @@ def test_an_encrypted_machine_is_opened_by_its_tpm(bed: Bed, monkeypatch: pytest
         forget(vm)
 
 
+@pytest.mark.rotating
 def test_a_mirrored_machine_boots_from_either_disk(bed: Bed) -> None:
     """Two disks that an LVM lay on, a data disk with a file, a blank one; then the first ESP is lost, and names swap."""
     vm = bed.machine("mirror", FOUR_DISKS)
