@@ -143,6 +143,10 @@ class Disk:
     filesystem_uuid: str = ""
     used_bytes: int | None = None
 
+    def is_called(self, name: str) -> bool:
+        """Whether a person may mean it by that: its serial, or its name in /dev/disk/by-id."""
+        return name in (self.serial, *self.names)
+
     @property
     def in_use(self) -> tuple[str, ...]:
         return (*self.mounted, *self.stacked)

@@ -174,12 +174,7 @@ def authorise_wipe(machine: Machine, facts: Facts, wipe: str, ask: Ask, console:
 
 def known_as(machine: Machine, seen: Disk) -> list[str]:
     """What a person may call a disk of theirs: its serial, and what the machine file says."""
-    named = [
-        name
-        for name in (machine.disk.serial, machine.disk.mirror)
-        if name and name in (seen.serial, *seen.names)
-    ]
-    return [*filter(None, [seen.serial]), *named]
+    return [*filter(None, [seen.serial]), *filter(seen.is_called, machine.disk.system_serials)]
 
 
 def converge(

@@ -73,6 +73,11 @@ class DiskWanted:
     ]
 
     @property
+    def system_serials(self) -> tuple[str, ...]:
+        """What names the disk of the system and, where there is one, its mirror."""
+        return tuple(filter(None, (self.serial, self.mirror)))
+
+    @property
     def data_disks(self) -> tuple[tuple[str, str], ...]:
         """(serial, folder) of each."""
         return tuple((entry.rpartition(" ")[0], entry.rpartition(" ")[2]) for entry in self.data)

@@ -313,13 +313,12 @@ def demand_common(options: Mapping[str, object], names: Sequence[str], task: str
             )
 
 
-def load_serials(names: Iterable[str]) -> dict[str, list[str]]:
+def load_serials(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """machine → serials of the disks that its file lets be wiped. A file with errors is left out here: its own task says what is wrong."""
     found = {}
     for name in names:
         try:
-            disk = load_machine(name, machines_folder()).disk
-            found[name] = [serial for serial in (disk.serial, disk.mirror) if serial]
+            found[name] = load_machine(name, machines_folder()).disk.system_serials
         except ProvisionError:
             continue
     return found
@@ -359,7 +358,7 @@ class Executor(fabric.Executor):  # type: ignore[misc]
             chains.setdefault(name_of(call.init_kwargs["host"]), []).append(
                 (call, call.make_context(self.config.clone()))
             )
-        serials: dict[str, list[str]] = {}
+        serials: dict[str, tuple[str, ...]] = {}
         for name, chain in chains.items():
             for call, _ in chain:
                 demand_common(call.kwargs, list(chains), call.task.name)

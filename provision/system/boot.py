@@ -12,6 +12,10 @@ from provision.system.mirror import BTRFS_RULE, RULE
 # Written out rather than left to the package's default: no `kms`, which would load nouveau before the NVIDIA
 # driver; `microcode` embeds the processor's update, so no initrd line of its own is needed.
 HOOKS = "base systemd autodetect microcode modconf keyboard sd-vconsole block filesystems fsck"
+# `keyboard` before `autodetect`: keyboards of any kind, and not only the one that is plugged in now.
+LUKS_HOOKS = (
+    "base systemd keyboard autodetect microcode modconf sd-vconsole block sd-encrypt filesystems fsck"
+)
 # The busybox kind, for which there is an sshd: https://wiki.archlinux.org/title/Dm-crypt/Specialties
 SSH_HOOKS = "base udev keyboard autodetect microcode modconf keymap block netconf dropbear encryptssh filesystems fsck"
 
@@ -19,13 +23,7 @@ SSH_HOOKS = "base udev keyboard autodetect microcode modconf keymap block netcon
 def hooks(machine: Machine) -> str:
     if machine.disk.unlock == "ssh":
         return SSH_HOOKS
-    if (
-        machine.disk.encryption == "luks"
-    ):  # keyboards of any kind, and not only the one that is plugged in now
-        return (
-            "base systemd keyboard autodetect microcode modconf sd-vconsole block sd-encrypt filesystems fsck"
-        )
-    return HOOKS
+    return LUKS_HOOKS if machine.disk.encryption == "luks" else HOOKS
 
 
 def initramfs(machine: Machine, facts: Facts) -> Iterator[Step]:

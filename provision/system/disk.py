@@ -48,10 +48,8 @@ def find_disks(machine: Machine, facts: Facts) -> tuple[Disk, ...]:
 
 def demand_whole_mirror(machine: Machine, facts: Facts) -> None:
     """Refuse an installed machine that runs without a disk of its mirror: /boot may be missing with it."""
-    wanted = [serial for serial in (machine.disk.serial, machine.disk.mirror) if serial]
-    gone = [
-        serial for serial in wanted if not any(serial in (disk.serial, *disk.names) for disk in facts.disks)
-    ]
+    wanted = machine.disk.system_serials
+    gone = [serial for serial in wanted if not any(disk.is_called(serial) for disk in facts.disks)]
     if machine.disk.mirror and facts.system == "installed" and len(gone) == 1:
         raise ProvisionError(
             f"{facts.hostname} runs without a disk of its mirror: serial {gone[0]} is gone. What is on the other is whole.\n"
@@ -70,11 +68,9 @@ def swap_mib(machine: Machine, facts: Facts) -> int:
 
 def pairs(machine: Machine, facts: Facts) -> list[tuple[tuple[Part, ...], Disk]]:
     """Each disk with the partitions that belong on it."""
-    serials = filter(None, (machine.disk.serial, machine.disk.mirror))
-    return [
-        (layout(machine).on(serial), disk)
-        for serial, disk in zip(serials, find_disks(machine, facts), strict=True)
-    ]
+    ids = layout(machine)
+    found = zip(machine.disk.system_serials, find_disks(machine, facts), strict=True)
+    return [(ids.on(serial), disk) for serial, disk in found]
 
 
 def losing(machine: Machine, facts: Facts) -> list[Disk]:
@@ -93,8 +89,9 @@ def disk(machine: Machine, facts: Facts) -> Iterator[Step]:
     """Partitions, encrypted volumes and file systems, made once; mounted below /mnt while installing."""
     if facts.system != "live":
         return
-    ids, targets = layout(machine), find_disks(machine, facts)
-    for parts, seen in pairs(machine, facts):
+    ids, laid_out = layout(machine), pairs(machine, facts)
+    targets = [seen for _, seen in laid_out]
+    for parts, seen in laid_out:
         demand_free(parts, seen, facts, targets)
         if is_ours(parts, seen):
             yield from free(ids, seen)

@@ -11,7 +11,7 @@ MADE_BY_US = re.compile(r"(?:ESP|root|home|swap|data)@(.+)")  # names of partiti
 
 def find_disk(machine: Machine, facts: Facts, wanted: str, setting: str) -> Disk:
     """The one disk with that serial, or with that name in /dev/disk/by-id."""
-    matching = [disk for disk in facts.disks if wanted == disk.serial or wanted in disk.names]
+    matching = [disk for disk in facts.disks if disk.is_called(wanted)]
     if not matching:
         raise ProvisionError(
             f"No disk with serial {wanted!r}, which {setting} of machine '{machine.name}' names.\n"

@@ -185,7 +185,7 @@ def divide(machine: Machine) -> Iterator[Part]:
             kind, serial, type_guid, identify(machine, serial, distinct), name, size_mib, volume, mapper
         )
 
-    for number, serial in enumerate(filter(None, (disk.serial, disk.mirror)), 1):
+    for number, serial in enumerate(disk.system_serials, 1):
         yield part("esp", serial, ESP_TYPE, disk.esp_mib)
         if disk.swap == "partition" and number == 1:
             yield part("swap", serial, SWAP_TYPE, disk.swap_gib * 1024)

@@ -43,11 +43,12 @@ def was_ours(parts: Sequence[Part], disk: Disk) -> bool:
 def demand_no_copies(machine: Machine, facts: Facts) -> None:
     """Refuse while a disk that is not named carries our partitions' ids: a copy of ours would be written to in its place."""
     known = [part.uuid for part in layout(machine).parts]
-    known += [identify(machine, serial, "data") for serial, _ in machine.disk.data_disks]
+    data = [serial for serial, _ in machine.disk.data_disks]
+    known += [identify(machine, serial, "data") for serial in data]
+    named = [*machine.disk.system_serials, *data]
     for uuid in known:
         carrying = [disk for disk in facts.disks if any(part.uuid == uuid for part in disk.partitions)]
-        named = {machine.disk.serial, machine.disk.mirror, *(serial for serial, _ in machine.disk.data_disks)}
-        strange = [disk for disk in carrying if not named & {disk.serial, *disk.names}]
+        strange = [disk for disk in carrying if not any(map(disk.is_called, named))]
         if strange or len(carrying) > 1:
             raise ProvisionError(
                 f"Another disk carries the ids of machine '{machine.name}' too, as a copy of its disk does; which one is meant "
@@ -152,7 +153,7 @@ def wipe(parts: Sequence[Part], seen: Disk, swap_size_mib: int) -> str:
         lines.append('is_blank "$disk" || refuse "it is not blank any more"')
     make = ["sgdisk"]
     for number, part in enumerate(parts, 1):
-        size_mib = part.size_mib or (swap_size_mib if part.kind == "swap" else 0)
+        size_mib = size_of(part, swap_size_mib)
         make.append(
             f"--new={number}:0:{f'+{size_mib}M' if size_mib else '0'} --typecode={number}:{part.type_guid}"
             f" --partition-guid={number}:{part.uuid} --change-name={number}:{quote(part.name)}"
@@ -173,8 +174,13 @@ done"""
     return "\n".join(lines)
 
 
+def size_of(part: Part, swap_size_mib: int) -> int:
+    """In MiB; 0: what is left."""
+    return part.size_mib or (swap_size_mib if part.kind == "swap" else 0)
+
+
 def describe_part(part: Part, swap_size_mib: int) -> str:
     kind = {"esp": "EFI system partition"}.get(part.kind, part.kind)
-    size_mib = part.size_mib or (swap_size_mib if part.kind == "swap" else 0)
+    size_mib = size_of(part, swap_size_mib)
     size = f"{size_mib} MiB" if size_mib < 8192 else f"{size_mib // 1024} GiB"
     return f"{kind} of {size}" if size_mib else f"{kind} in the rest"
