@@ -27,6 +27,7 @@ from provision.system.gpu import (
 )
 from provision.system.legacy import LEGACY, SOURCE, build_packages, fetch_source, legacy_driver
 from provision.system.python import CPU_INDEX, LEGACY_INDEX, check_torch, python, torch_index
+from tests.git import git
 from tests.provision.test_system import GOLDEN, NOW, installed, render
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -504,20 +505,6 @@ def test_nothing_of_the_aur_is_asked_of_pacstrap_and_nothing_of_nvidias_of_the_r
     assert not list(gpu_services(legacy, with_cards(live, PASCAL)))
     order = [step.name for step in gpu_services(legacy, with_cards(live, PASCAL, installed=True))]
     assert order[-3:] == ["driver nvidia-580xx", "nvidia modules", "unit nvidia-persistenced.service"]
-
-
-def git(folder: Path, *arguments: str) -> str:
-    words = [
-        "git",
-        "-c",
-        "user.name=a",
-        "-c",
-        "user.email=a@b",
-        "-c",
-        "init.defaultBranch=master",
-        *arguments,
-    ]
-    return subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.fixture

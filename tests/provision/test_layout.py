@@ -250,7 +250,8 @@ def test_a_copy_of_our_disk_is_not_written_to(machine: Machine, live: Facts) -> 
     ours = laid_out(machine, live)
     copy = replace(ours.disks[0], path="/dev/sdb", serial="BACKUP1", names=())
     blanked = replace(live, disks=(*live.disks, copy))
-    for facts in (blanked, replace(ours, disks=(*ours.disks, copy))):
+    nameless = replace(live, disks=(*live.disks, replace(copy, serial="", model="BACKUP1")))
+    for facts in (blanked, nameless, replace(ours, disks=(*ours.disks, copy))):
         with pytest.raises(ProvisionError, match=r"carries the ids of machine 'gpu1' too(.|\n)*BACKUP1"):
             system(machine, facts, NOW)
 

@@ -18,6 +18,7 @@ from provision.rehearsal.bed import load_wishes
 from provision.steps import Step, make_plan, parse_probes, render_apply, render_probes
 from provision.system.gpu import other_drivers
 from provision.system.legacy import HOME, RECORD, SOURCE, legacy_driver
+from tests.git import git
 from tests.rehearsal.conftest import CACHE
 
 pytestmark = [
@@ -94,19 +95,7 @@ class Box:
         self.git("init", "--quiet")
 
     def git(self, *arguments: str) -> str:
-        words = [
-            "git",
-            "-c",
-            "user.name=a",
-            "-c",
-            "user.email=a@b",
-            "-c",
-            "init.defaultBranch=master",
-            *arguments,
-        ]
-        return subprocess.run(
-            words, cwd=self.served, check=True, capture_output=True, text=True
-        ).stdout.strip()
+        return git(self.served, *arguments)
 
     def publish(self, version: str, digest: str = "") -> str:
         """One more commit in what the AUR serves."""
