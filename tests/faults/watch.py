@@ -19,7 +19,8 @@ from provision.units import folder_of
 from tests.faults.cuts import parse_marker
 
 # Each wanted Step maps to how long to wait in it, and then between one place in it and the next. `@@for`: the wanted
-# one; `@@at`: the one at work in truth, as a short one may have ended. `@@seen`: command line and environment of every process.
+# one; `@@seen`: command line and environment of every process; `@@at`: the one at work in truth, as a short one may
+# have ended. That comes last: once it is read, the power may go.
 WATCH = r"""
 export LC_ALL=C.UTF-8
 log=$folder/log
@@ -40,8 +41,8 @@ tail --lines=0 --sleep-interval=0.1 --follow=name --retry "$log" 2> /dev/null < 
       sleep 0.01
     done
     echo "@@for $name"
-    echo "@@at $(grep -a '^@@' "$log" | tail -n 1)"
     echo "@@seen $(cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2> /dev/null | base64 --wrap=0)"
+    echo "@@at $(grep -a '^@@' "$log" | tail -n 1)"
     read -r word <&3
     { echo 0 > "$freeze"; } 2> /dev/null
     unset 'wanted[$name]'
@@ -108,8 +109,7 @@ class Watch:
                     during, ended = (name if what == kind else "" for kind in ("begin", "end"))
                     self.events.put(Frozen(self, wanted, during, ended))
                 elif word == "@@seen":
-                    with suppress(ValueError):  # the power went while it was sent
-                        self.seen.append(base64.b64decode(rest))
+                    self.seen.append(base64.b64decode(rest))
 
     @property
     def lost(self) -> bool:
