@@ -29,17 +29,92 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, cpu_flags: frozenset[str]) -> torch.dtype:
-    """The format of matrix products: "bf16", "fp32", or "auto": bf16 where the processor multiplies it itself.
+    """The format of matrix products: "bf16", "fp16", "fp32", or "auto": what the processor multiplies fastest itself.
 
-    A CPU without AVX512-BF16 or AMX emulates it, about eleven times slower than fp32; so do GPUs before sm_80.
+    auto is bf16 on GPUs from sm_80 and on a CPU with AVX512-BF16 or AMX (others emulate it, about eleven times slower
+    than fp32), fp16 on sm_70 and sm_75, whose tensor cores know nothing else, and fp32 everywhere else.
+    fp16 ends at 65504 and rounds to 0 below 6e-8: training in it needs a loss scaler, sampling does not.
     """
     if name == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
+        if device.type != "cuda":
             native = not cpu_flags.isdisjoint({"avx512_bf16", "amx_bf16"})
-        return torch.bfloat16 if native else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+            return torch.bfloat16 if native else torch.float32
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 0):
+            return torch.bfloat16
+        return torch.float16 if capability >= (7, 0) else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+# TFLOP/s of dense matrix products that add up in fp32, by a part of the card's name: (bf16, fp16, fp32). fp32 is TF32
+# where the card has it, because the commands allow it. From NVIDIA's data sheets and architecture white papers, at boost
+# clock and the full power limit; sparse figures there are halved. The longer name is looked for first.
+PEAK_TFLOPS: dict[str, tuple[float, float, float]] = {
+    "B200": (2250.0, 2250.0, 1125.0),
+    "GH200": (989.4, 989.4, 494.7),
+    "H200 NVL": (835.5, 835.5, 417.7),
+    "H200": (989.4, 989.4, 494.7),
+    "H100 PCIe": (756.0, 756.0, 378.0),
+    "H100 NVL": (835.5, 835.5, 417.7),
+    "H100": (989.4, 989.4, 494.7),
+    "H800": (989.4, 989.4, 494.7),
+    "H20": (148.0, 148.0, 74.0),
+    "A100": (312.0, 312.0, 156.0),
+    "A800": (312.0, 312.0, 156.0),
+    "A30": (165.0, 165.0, 82.0),
+    "A40": (149.7, 149.7, 74.8),
+    "A10G": (70.0, 70.0, 35.0),
+    "A10": (125.0, 125.0, 62.5),
+    "L40S": (362.0, 362.0, 183.0),
+    "L40": (181.0, 181.0, 90.5),
+    "L4": (121.0, 121.0, 60.0),
+    "RTX A6000": (154.8, 154.8, 77.4),
+    "RTX 6000 Ada": (364.2, 364.2, 182.1),
+    "RTX 5090": (209.5, 209.5, 104.8),
+    "RTX 5080": (112.6, 112.6, 56.3),
+    "RTX 5070 Ti": (87.9, 87.9, 43.9),
+    "RTX 5070": (61.7, 61.7, 30.9),
+    "RTX 4090": (165.2, 165.2, 82.6),
+    "RTX 4080 SUPER": (104.4, 104.4, 52.2),
+    "RTX 4080": (97.5, 97.5, 48.7),
+    "RTX 4070 Ti SUPER": (88.2, 88.2, 44.1),
+    "RTX 4070 Ti": (80.2, 80.2, 40.1),
+    "RTX 4070 SUPER": (71.0, 71.0, 35.5),
+    "RTX 4070": (58.3, 58.3, 29.1),
+    "RTX 4060 Ti": (44.1, 44.1, 22.1),
+    "RTX 4060": (30.2, 30.2, 15.1),
+    "RTX 3090 Ti": (80.0, 80.0, 40.0),
+    "RTX 3090": (71.2, 71.2, 35.6),
+    "RTX 3080 Ti": (68.2, 68.2, 34.1),
+    "RTX 3080": (59.5, 59.5, 29.8),
+    "RTX 3070": (40.6, 40.6, 20.3),
+    "RTX 3060": (25.5, 25.5, 12.7),
+    "V100": (0.0, 125.0, 15.7),
+    "T4": (0.0, 65.1, 8.1),
+    "TITAN RTX": (0.0, 130.5, 16.3),
+    "RTX 2080 Ti": (0.0, 53.8, 13.4),
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that the card could do at most, in dense matrix products of `dtype`; None for a CPU or an unknown card.
+
+    Laptop cards share names with desktop ones and do less: None as well.
+    """
+    if device.type != "cuda":
+        return None
+    return find_peak(torch.cuda.get_device_name(device), dtype)
+
+
+def find_peak(name: str, dtype: torch.dtype) -> float | None:
+    """`peak_flops` of the card that calls itself `name`."""
+    column = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}.get(dtype)
+    if column is None or "Laptop" in name or "Max-Q" in name:
+        return None
+    words = f" {name} ".replace("-", " ").lower()
+    known = (part for part in sorted(PEAK_TFLOPS, key=len, reverse=True) if f" {part} ".lower() in words)
+    part = next(known, None)
+    return PEAK_TFLOPS[part][column] * 1e12 or None if part is not None else None
 
 
 def read_cpu_flags() -> frozenset[str]:

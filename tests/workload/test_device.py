@@ -6,7 +6,15 @@ import sys
 import pytest
 import torch
 
-from workload.device import choose_device, choose_dtype, count_cores, describe, read_cpu_flags
+from workload.device import (
+    choose_device,
+    choose_dtype,
+    count_cores,
+    describe,
+    find_peak,
+    peak_flops,
+    read_cpu_flags,
+)
 from workload.errors import WorkloadError
 
 CPU = torch.device("cpu")
@@ -20,18 +28,53 @@ CPU = torch.device("cpu")
         ("auto", {"amx_bf16", "fma"}, torch.bfloat16),
         ("bf16", set(), torch.bfloat16),
         ("fp32", {"avx512_bf16"}, torch.float32),
+        ("fp16", set(), torch.float16),
     ],
 )
 def test_a_cpu_computes_in_bf16_only_where_it_can(asked: str, flags: set[str], expected: torch.dtype) -> None:
     assert choose_dtype(asked, CPU, frozenset(flags)) == expected
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
-def test_a_gpu_computes_in_bf16_from_sm_80(
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((6, 1), torch.float32), ((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)],
+)
+def test_a_gpu_computes_in_the_format_of_its_tensor_cores(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
 ) -> None:
+    """The capability is a stand-in: there is no GPU here."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_dtype("auto", torch.device("cuda"), frozenset()) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("NVIDIA GeForce RTX 3090", torch.bfloat16, 71.2e12),
+        ("NVIDIA GeForce RTX 3090 Ti", torch.bfloat16, 80.0e12),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", torch.float16, 88.2e12),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312e12),
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989.4e12),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756e12),
+        ("NVIDIA H200", torch.float32, 494.7e12),
+        ("NVIDIA L4", torch.bfloat16, 121e12),
+        ("NVIDIA L40S", torch.bfloat16, 362e12),
+        ("Tesla T4", torch.float16, 65.1e12),
+        ("Tesla T4", torch.bfloat16, None),  # it has no such unit
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, None),  # another chip by that name
+        ("NVIDIA A1000", torch.bfloat16, None),
+        ("Some Card 9000", torch.bfloat16, None),
+        ("NVIDIA H200", torch.float64, None),
+    ],
+)
+def test_the_peak_of_a_card_is_that_of_its_own_name(
+    name: str, dtype: torch.dtype, expected: float | None
+) -> None:
+    assert find_peak(name, dtype) == (expected and pytest.approx(expected))
+
+
+def test_a_cpu_has_no_peak() -> None:
+    assert peak_flops(CPU, torch.float32) is None
 
 
 def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,8 +55,8 @@ def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype",
         default="auto",
-        choices=("auto", "bf16", "fp32"),
-        help="auto: bf16 where the processor has it",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        help="auto: bf16 where the processor has it, fp16 on GPUs that have only that",
     )
     command.add_argument("--threads", type=int, default=0, help="on a CPU (default: the cores there are)")
 
