@@ -5,6 +5,7 @@
     {"kind": "sample", "step": 100, "prompt": …, "text": …}
     {"kind": "event",  "step": 100, "text": …}
 
+On a GPU a step may also have mfu (0 … 1 of the device's peak), memory_bytes, temperature_c and power_w.
 loss and val_loss are nats a token; step is the number of updates done. Fields named in TIMING depend on the clock;
 all others are the same whether a run was interrupted or not.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-TIMING = ("tokens_per_s", "elapsed_s")
+TIMING = ("tokens_per_s", "elapsed_s", "mfu", "memory_bytes", "temperature_c", "power_w")
 Row = dict[str, Any]
 
 

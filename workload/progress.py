@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TextIO
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 LONGEST_SILENCE_S = 15.0  # a plain line at least this often, whatever log_every says
+NO_SENSORS: Mapping[str, float] = {}
 
 
 class Reporter:
@@ -44,8 +45,22 @@ class Reporter:
         self._since += paused_s
         self._shown += paused_s
 
-    def step(self, step: int, steps: int, *, loss: float, lr: float, grad_norm: float, tokens: int) -> None:
-        """One update is done. `tokens` it saw; shown are means since the last line."""
+    def step(
+        self,
+        step: int,
+        steps: int,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        tokens: int,
+        mfu: float | None = None,
+        gpu: Mapping[str, float] = NO_SENSORS,
+    ) -> None:
+        """One update is done. `tokens` it saw; shown are means since the last line.
+
+        mfu: the part of the device's peak that was used, 0 … 1. gpu: what telemetry.py reads.
+        """
         self._tokens += tokens
         self._losses.append(loss)
         now = self._clock()
