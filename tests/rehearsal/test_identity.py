@@ -102,6 +102,7 @@ class Operator:
         return self.types("ssh", "-F", "none", *words, *where, script)
 
 
+@pytest.mark.rotating
 def test_nothing_is_typed_and_it_is_found_by_its_key(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
     """A seed; SATA, root, /home and swap encrypted, two kernels; its initramfs waits for us; another address; opened once more."""
     monkeypatch.setenv("REHEARSAL_PASSPHRASE", PASSPHRASE)
