@@ -10,8 +10,8 @@ A checkpoint is a folder ``step-00000200`` below ``RUN/checkpoints``, complete i
     config.toml             the run's configuration
     manifest.json           written last
 
-It is written as ``.step-00000200.partial``, each file synced, then renamed: a crash at any moment leaves the
-checkpoints before it untouched. ``latest`` and ``best`` are one-line text files beside them, a convenience: what
+It is written as ``.step-00000200.partial``, each file synced, then renamed: a crash at any moment, or a disk that
+is full, leaves the checkpoints before it untouched. A run writes them in the background: see writer.py. ``latest`` and ``best`` are one-line text files beside them, a convenience: what
 there is to resume from is what is complete.
 """
 
@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,36 +71,64 @@ def save(
     model: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     random: Mapping[str, Tensor],
+    beside: Sequence[Path] = (),
 ) -> Path:
     """Write the checkpoint of `state.step` below `folder` and point ``latest`` at it; returns its path.
 
-    One that is complete is never written again, so there is no moment without it.
+    One that is complete is never written again, so there is no moment without it. Files `beside` it, of which its
+    state says how long they are, reach the disk before it is complete. Raises WorkloadError when the disk is full or
+    fails; nothing of it is left then, and the checkpoints before it are as they were.
     """
     final = folder / folder_name(state.step)
     staging = folder / f".{final.name}.partial"
-    if (final / MANIFEST).exists():
+    groups = {"model": model, "optimizer": optimizer, "random": random}
+    try:
+        if not (final / MANIFEST).exists():
+            for leftover in (final, staging):
+                shutil.rmtree(leftover, ignore_errors=True)
+            staging.mkdir(parents=True)
+            for name, tensors in groups.items():
+                cpu = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+                save_file(cpu, staging / f"{name}.safetensors")
+            _complete(staging, config, state, beside)
+            staging.rename(final)
+            sync(folder)
         point(folder, "latest", final.name)
-        return final
-    for leftover in (final, staging):
-        shutil.rmtree(leftover, ignore_errors=True)
-    staging.mkdir(parents=True)
-    for name, tensors in (("model", model), ("optimizer", optimizer), ("random", random)):
-        cpu = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-        save_file(cpu, staging / f"{name}.safetensors")
+    except (OSError, SafetensorError) as error:  # what safetensors meets on the disk is no OSError
+        shutil.rmtree(staging, ignore_errors=True)
+        needed = sum(t.numel() * t.element_size() for tensors in groups.values() for t in tensors.values())
+        raise _explain(error, folder, state.step, needed) from error
+    return final
+
+
+def _complete(staging: Path, config: Config, state: State, beside: Sequence[Path]) -> None:
+    """The small files, then everything to the disk, then the manifest."""
     (staging / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
     (staging / "config.toml").write_text(render_toml(config), encoding="utf-8")
     files = {}
     for path in sorted(staging.iterdir()):
         sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    for path in beside:
+        sync(path)
     manifest = {"format": FORMAT, "step": state.step, "files": files}
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     sync(staging / MANIFEST)
     sync(staging)
-    staging.rename(final)
-    sync(folder)
-    point(folder, "latest", final.name)
-    return final
+
+
+def _explain(error: Exception, folder: Path, step: int, needed: int) -> WorkloadError:
+    """Why the checkpoint of `step`, `needed` bytes, could not be written, and what there is to go on from."""
+    complete = list_complete(folder)
+    newest = f"the newest complete one is {complete[-1].name}" if complete else "there is none before it"
+    try:
+        free = f"; it takes {needed / 1e6:,.1f} MB, {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
+    except OSError:
+        free = ""
+    return WorkloadError(
+        f"the checkpoint of step {step} could not be written below {folder}: {error}{free}",
+        f"{newest}; make room, then: python -m workload train --resume --out {folder.parent}",
+    )
 
 
 def point(folder: Path, pointer: str, name: str) -> None:
