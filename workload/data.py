@@ -1,17 +1,20 @@
-"""Token shards on disk, and the order in which a run sees them.
+"""Token files on disk, and the order in which a run sees them.
 
 A shard is llm.c's ``.bin``: 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then
 the tokens as uint16. A folder made by `prepare` holds ``train_000000.bin …``, ``val_000000.bin …`` and
-``meta.json``, written last.
+``meta.json``, written last. Read as they are, too: llm.c's own folders, nanoGPT's ``train.bin`` and ``val.bin``
+(uint16 and nothing else), and ``train.safetensors`` and ``val.safetensors`` with a tensor ``tokens`` of whole numbers.
 
 The order is arithmetic, not state: sequence number *i* of a run is window `order(i % n)` of epoch `i // n`. So a
-run that goes on from sequence *i* sees exactly what it would have seen, whatever its batch size, and nothing is
-shuffled in memory.
+run that goes on from sequence *i* sees exactly what it would have seen, whatever its batch size and whatever the
+number of its ranks, and nothing is shuffled in memory.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +22,17 @@ import numpy.typing as npt
 from workload.errors import WorkloadError
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+MAGIC_LLAMA = 20240801  # llm.c's shards of Llama 3's tokens: version 7, uint32
 META = "meta.json"
-Tokens = npt.NDArray[np.uint16]
+TENSOR = "tokens"
+# fineweb_train_000001.bin, val_000000.bin, train.bin, tiny_shakespeare_val.bin, train.safetensors
+TOKEN_FILE = re.compile(
+    r"(?P<set>(?:.*[^A-Za-z])?)(?P<split>train|val)(?P<number>_\d+)?(?P<kind>\.bin|\.safetensors)"
+)
+# The names that safetensors gives whole numbers (its format.md).
+SAFETENSORS_DTYPES = {"U8": "u1", "U16": "<u2", "U32": "<u4", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+SCAN_TOKENS = 1 << 23  # looked at together when a file is searched for tokens that do not exist
+Tokens = npt.NDArray[np.integer[Any]]
 Indexes = npt.NDArray[np.uint64]
 Batch = npt.NDArray[np.int64]
 
@@ -38,6 +50,11 @@ def load_shard(path: Path) -> Tokens:
     if header.size < HEADER_BYTES // 4:
         raise WorkloadError(f"{path}: {size} bytes, too short for the header of a token shard")
     magic, version, n_tokens = (int(number) for number in header[:3])
+    if magic == MAGIC_LLAMA:
+        raise WorkloadError(
+            f"{path}: magic {magic}, version {version}: Llama 3's tokens of 32 bits; GPT-2's have {MAGIC}, {VERSION}",
+            "make the shards with llm.c's -m gpt-2, or from the text with python -m workload prepare",
+        )
     if (magic, version) != (MAGIC, VERSION):
         raise WorkloadError(f"{path}: magic {magic}, version {version}; a token shard has {MAGIC}, {VERSION}")
     if n_tokens < 0 or size != HEADER_BYTES + 2 * n_tokens:
@@ -45,19 +62,129 @@ def load_shard(path: Path) -> Tokens:
             f"{path}: its header says {n_tokens} tokens, {HEADER_BYTES + 2 * n_tokens} bytes; it has {size} bytes",
             "it is cut or damaged: make it again with python -m workload prepare",
         )
-    if n_tokens == 0:
-        return np.zeros(0, dtype="<u2")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
+    return _map(path, "<u2", HEADER_BYTES, n_tokens)
+
+
+def load_tokens(path: Path) -> Tokens:
+    """The tokens of a shard, of nanoGPT's ``.bin`` or of a ``.safetensors``, memory-mapped.
+
+    A shard is known by its magic. Without it a ``.bin`` is nanoGPT's if its name has no number; the magic's second
+    half would be token 55432, which GPT-2 does not have, so no file of its tokens can be taken for a shard.
+    """
+    if path.suffix == ".safetensors":
+        return load_tensor(path)
+    name = TOKEN_FILE.fullmatch(path.name)
+    with path.open("rb") as file:
+        magic = int.from_bytes(file.read(4), "little")
+    if magic in (MAGIC, MAGIC_LLAMA) or name is None or name["number"]:
+        return load_shard(path)
+    return _load_raw(path)
+
+
+def _load_raw(path: Path) -> Tokens:
+    """nanoGPT's file: uint16 from the first byte to the last. Numbers that are wider are recognised and refused."""
+    size = path.stat().st_size
+    if size % 2:
+        raise WorkloadError(
+            f"{path}: {size} bytes are not whole tokens of 2 bytes, and it has no header of a shard"
+        )
+    tokens = _map(path, "<u2", 0, size // 2)
+    first = np.asarray(tokens[: 1 << 16])
+    # Small numbers of 32 or 64 bits have zeros between them. In GPT-2's tokens 0 is "!", hardly every second one.
+    if first.size >= 16 and not first[1::2].any():
+        raise WorkloadError(
+            f"{path}: every second of its first {first.size} tokens is 0: numbers of 32 or 64 bits, or no tokens at all",
+            "a .bin without header must be uint16, as nanoGPT writes it",
+        )
+    return tokens
+
+
+def load_tensor(path: Path) -> Tokens:
+    """The one-dimensional tensor `tokens` of a ``.safetensors``, memory-mapped, of whole numbers of any width.
+
+    Layout: 8 bytes length of the header, the header as JSON, the tensors (github.com/huggingface/safetensors).
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, 100_000_000):
+                raise ValueError("its header does not fit into it")
+            header = json.loads(file.read(length))
+        about = header.get(TENSOR)
+        if about is None:
+            held = ", ".join(name for name in header if name != "__metadata__")
+            raise WorkloadError(f"{path}: there is no tensor {TENSOR} in it; it holds {held or 'none'}")
+        dtype, shape, (begin, end) = about["dtype"], about["shape"], about["data_offsets"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WorkloadError(f"{path}: not a safetensors file: {error}") from error
+    if dtype not in SAFETENSORS_DTYPES or len(shape) != 1:
+        raise WorkloadError(
+            f"{path}: {TENSOR} is {dtype} of shape {shape}; expected is one dimension of "
+            f"{', '.join(SAFETENSORS_DTYPES)}"
+        )
+    width = np.dtype(SAFETENSORS_DTYPES[dtype]).itemsize
+    if end - begin != shape[0] * width or 8 + length + end > size:
+        raise WorkloadError(
+            f"{path}: {TENSOR} has {shape[0]} numbers that end at byte {8 + length + begin + shape[0] * width}; "
+            f"the file has {size}",
+            "it is cut or damaged: copy it again",
+        )
+    return _map(path, SAFETENSORS_DTYPES[dtype], 8 + length + begin, shape[0])
+
+
+def _map(path: Path, dtype: str, offset: int, n_tokens: int) -> Tokens:
+    if n_tokens == 0:  # nothing cannot be mapped
+        return np.zeros(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(n_tokens,))
+
+
+def list_token_files(folder: Path) -> dict[str, list[Path]]:
+    """Files of "train" and "val" in the order of their names.
+
+    Raises WorkloadError when they are not of one set: which is meant cannot be told.
+    """
+    files: dict[str, list[Path]] = {"train": [], "val": []}
+    sets: dict[tuple[str, bool, str], str] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = TOKEN_FILE.fullmatch(path.name)
+        if name is not None:
+            files[name["split"]].append(path)
+            sets.setdefault((name["set"], name["number"] is not None, name["kind"]), path.name)
+    if len(sets) > 1:
+        raise WorkloadError(
+            f"{folder}: tokens of {len(sets)} kinds: {', '.join(sets.values())}",
+            "keep the files of one in a folder of their own",
+        )
+    return files
 
 
 def load_split(folder: Path, split: str) -> list[Tokens]:
-    """Shards of "train" or "val" in the order of their names."""
-    shards = [load_shard(path) for path in sorted(folder.glob(f"*{split}_*.bin"))]
-    if not shards:
+    """The tokens of "train" or "val", file by file."""
+    files = list_token_files(folder)[split]
+    if not files:
         raise WorkloadError(
             f"{folder}: no {split}_*.bin", "make it with python -m workload prepare TEXT --out FOLDER"
         )
-    return shards
+    return [load_tokens(path) for path in files]
+
+
+def check_tokens(path: Path, n_vocab: int) -> int:
+    """The largest token of a file, -1 for none; reads all of it, at the speed of the disk or of memory.
+
+    Raises WorkloadError with the place of the first token that a vocabulary of `n_vocab` does not have.
+    """
+    tokens, largest = load_tokens(path), -1
+    for begin in range(0, len(tokens), SCAN_TOKENS):
+        part = np.asarray(tokens[begin : begin + SCAN_TOKENS])
+        largest = max(largest, int(part.max()))
+        if largest >= n_vocab or (part.dtype.kind == "i" and int(part.min()) < 0):
+            at = int(np.argmax((part < 0) | (part >= n_vocab)))
+            raise WorkloadError(
+                f"{path}: token {part[at]} at position {begin + at}; the vocabulary has 0 … {n_vocab - 1}",
+                "the file is damaged or of another tokenizer: make it again from the text",
+            )
+    return largest
 
 
 def load_meta(folder: Path) -> dict[str, object]:
@@ -131,9 +258,22 @@ class Windows:
             places += zip(shard.tolist(), offset.tolist(), strict=True)
         return places
 
-    def batch(self, first: int, count: int) -> Batch:
-        """The run's sequences first … first + count - 1."""
-        return cut(self.shards, self.places(first, count), self.n_ctx)
+    def batch(self, first: int, count: int, rank: int = 0, world: int = 1) -> Batch:
+        """Of the run's sequences first … first + count - 1 the part of `rank`; all of them for one rank."""
+        return cut(self.shards, self.places(*share(first, count, rank, world)), self.n_ctx)
+
+
+def share(first: int, count: int, rank: int, world: int) -> tuple[int, int]:
+    """(first, count) of one of `world` ranks: parts of equal length, one after another, that are the whole together.
+
+    Raises WorkloadError when the parts could not be equal.
+    """
+    if count % world:
+        raise WorkloadError(
+            f"{count} sequences a step cannot be shared by {world} ranks evenly",
+            "choose train.batch as a multiple of the number of processes",
+        )
+    return first + rank * (count // world), count // world
 
 
 def spread(shards: Sequence[Tokens], n_ctx: int, count: int) -> list[tuple[int, int]]:
