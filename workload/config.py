@@ -17,6 +17,8 @@ from workload.errors import WorkloadError
 
 # Vocabulary of each tokenizer, end-of-text included (see tokenizer.py).
 TOKENIZERS = {"gpt2": 50257, "bytes": 257}
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "wsd")
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,21 @@ class TrainConfig:
 
     steps: int = 19073  # updates; 10e9 tokens at the defaults
     batch: int = 512  # sequences a step; times n_ctx: tokens a step
-    micro_batch: int = 8  # sequences a forward pass; divides batch
+    micro_batch: int = 0  # sequences a forward pass; divides batch; 0: what is fastest and fits the memory
+    optimizer: str = "adamw"  # "adamw", or "muon": Muon on the matrices of the blocks, AdamW on the rest
     lr: float = 6e-4  # peak learning rate of AdamW
+    muon_lr: float = 0.02  # peak learning rate of Muon; follows the same schedule
+    muon_momentum: float = 0.95  # decay of Muon's mean of gradients
+    schedule: str = "cosine"  # after the warm-up: "cosine", or "wsd": lr stays until the cool-down
+    decay: float = 0.2  # cool-down of wsd, as a fraction of steps
     lr_end: float = 0.1  # learning rate at the last step, as a fraction of lr
     warmup: int = 700  # steps from 0 to lr
     weight_decay: float = 0.1  # of matrices and embeddings, a step and unit of lr
     beta1: float = 0.9  # decay of the mean of gradients
     beta2: float = 0.95  # decay of the mean of squared gradients
     clip: float = 1.0  # largest gradient norm; 0: no clipping
+    guard: float = 6.0  # deviations above its mean from which a loss or gradient norm is left out; 0: never
+    guard_window: int = 128  # updates that this mean is of
     max_seconds: float = 0.0  # wall time that bounds `steps`: fewer are planned on a slow machine; 0: none
     seed: int = 1  # of weights, dropout, order of data and samples
     log_every: int = 10  # steps between two progress lines
@@ -195,9 +204,14 @@ def check(config: Config) -> list[str]:
 
     above_zero = {
         "model": ("n_layer", "n_head", "n_embd", "n_ctx", "init_std"),
-        "train": ("steps", "batch", "micro_batch", "lr", "log_every", "eval_every", "save_every", "keep"),
+        "train": (
+            *("steps", "batch", "lr", "muon_lr", "guard_window"),
+            *("log_every", "eval_every", "save_every", "keep"),
+        ),
     }
-    train_not_below = "warmup weight_decay clip max_seconds seed eval_sequences keep_every sample_tokens"
+    train_not_below = (
+        "micro_batch warmup weight_decay clip guard max_seconds seed eval_sequences keep_every sample_tokens"
+    )
     for section, names in above_zero.items():
         for name in names:
             value = getattr(getattr(config, section), name)
@@ -205,13 +219,20 @@ def check(config: Config) -> list[str]:
     for name in train_not_below.split():
         value = getattr(train, name)
         rule(0 <= value < math.inf, f"train.{name} must not be less than 0, not {value}")
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "muon_momentum"):
         rule(0 <= getattr(train, name) < 1, f"train.{name} must be in [0, 1), not {getattr(train, name)}")
     rule(0 <= model.dropout < 1, f"model.dropout must be in [0, 1), not {model.dropout}")
     rule(
         0 <= train.lr_end <= 1,
         f"train.lr_end is a fraction of train.lr and must be in [0, 1], not {train.lr_end}",
     )
+    rule(
+        0 < train.decay <= 1,
+        f"train.decay is a fraction of train.steps and must be in (0, 1], not {train.decay}",
+    )
+    for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        word = getattr(train, name)
+        rule(word in known, f"train.{name} must be {' or '.join(known)}, not {word}{_suggest(word, known)}")
     rule(0 < data.val_fraction < 1, f"data.val_fraction must be between 0 and 1, not {data.val_fraction}")
     rule(
         model.n_head < 1 or model.n_embd % model.n_head == 0,

@@ -47,6 +47,12 @@ def resolve_config(out: Path, preset: str | None, settings: Sequence[str]) -> Co
                 f"{out} was begun with another [{section}]: {getattr(was, section)}",
                 f"go on with the same, or name another --out; asked for was {getattr(config, section)}",
             )
+    if config.train.optimizer != was.train.optimizer:
+        raise WorkloadError(
+            f"{out} was begun with train.optimizer = {was.train.optimizer}, whose state {config.train.optimizer} "
+            "cannot use",
+            "go on with the same, or name another --out",
+        )
     return config
 
 

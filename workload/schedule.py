@@ -6,7 +6,12 @@ from workload.config import TrainConfig
 
 
 def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
-    """The rate of update `step` (0 … steps-1) of `steps`: linear from 0 to lr, then a cosine down to lr_end · lr.
+    """The rate of update `step` (0 … steps-1) of `steps`: a linear warm-up, then `train.schedule` down to lr_end · lr.
+
+    cosine  half a cosine from lr to lr_end · lr
+    wsd     warm-up, stable, decay: lr, then in the last `train.decay` of the steps 1 - √ of how far that has come.
+            What was trained before the decay serves longer runs too (arXiv 2405.18392, which found the root better
+            than a straight line).
 
     The first update has lr / warmup, update warmup - 1 has lr, the last has lr_end · lr. A run shorter than twice
     its warm-up warms up in half of its steps.
@@ -14,8 +19,14 @@ def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
     warmup = min(train.warmup, steps // 2)
     if step < warmup:
         return train.lr * (step + 1) / warmup
-    done = (step - warmup + 1) / max(1, steps - warmup)
-    return train.lr * (train.lr_end + (1 - train.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    if train.schedule == "wsd":
+        cooling = max(1, min(steps - warmup, round(train.decay * steps)))
+        done = min(1.0, max(0.0, (step + 1 - (steps - cooling)) / cooling))
+        kept = 1 - math.sqrt(done)
+    else:
+        done = min(1.0, (step - warmup + 1) / max(1, steps - warmup))
+        kept = 0.5 * (1 + math.cos(math.pi * done))
+    return train.lr * (train.lr_end + (1 - train.lr_end) * kept)
 
 
 def fit_steps(

@@ -8,33 +8,44 @@ RUN/starts.jsonl    a line each time it was started   RUN/data/           token 
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shutil import rmtree
 
 import torch
+from torch import Tensor
 
-from workload import checkpoint
-from workload.checkpoint import State
+from workload import checkpoint, microbatch, preflight
+from workload.checkpoint import Checkpoint, State
 from workload.config import Config
 from workload.data import Tokens, Windows, load_split
-from workload.device import autocast, describe
+from workload.device import autocast, describe, peak_flops
 from workload.errors import WorkloadError
-from workload.evaluate import evaluate
+from workload.evaluate import Score, evaluate
+from workload.faults import is_device_lost, is_out_of_memory
+from workload.feed import Feed
 from workload.generate import generate, stream_text
+from workload.guard import MOST_ROLL_BACKS, MOST_SKIPS, Guard, gather_guard, judge, restore_guard, roll_back
 from workload.metrics import Metrics
 from workload.model import GPT2, count_parameters, estimate_flops
-from workload.optim import gather_state, make_optimizer, restore_state
+from workload.optim import Optimizers, gather_state, make_optimizer, restore_state, state_bytes
 from workload.prepare import find_shards
 from workload.progress import Reporter
 from workload.report import save_report
 from workload.runs import save_config
 from workload.schedule import fit_steps, learning_rate
+from workload.telemetry import Telemetry
 from workload.tokenizer import Tokenizer, count_bytes, load_tokenizer
 
-MOST_SKIPS = 20  # updates in a row whose gradient was not finite, before giving up
 PACE_FROM = 5  # updates of a start after which its pace is measured: the first are slow
 PACE_UNTIL = 20  # and updates before which it says too little
+
+EXTRAS = (
+    "guard/",
+    "scaler/",
+    "micro_batch/",
+)  # names in optimizer.safetensors besides moments: see Run.extras
 
 
 def train(
@@ -54,7 +65,8 @@ def train(
     when its step is its steps and it was not told to stop, which may have cut its last evaluation short.
     """
     run = open_run(config, out, device=device, dtype=dtype, threads=threads, clock=clock, reporter=reporter)
-    with run.metrics:
+    try:
+        run.prepare()
         while True:
             finished = run.state.step >= run.state.steps
             evaluating = finished or run.state.step % config.train.eval_every == 0
@@ -70,6 +82,12 @@ def train(
                 return run.state
             run.update()
             run.fit_steps()
+    except RuntimeError as error:
+        if is_device_lost(error):
+            raise run.explain_loss(error) from error
+        raise
+    finally:
+        run.close()
 
 
 def open_run(
@@ -91,16 +109,12 @@ def open_run(
     windows = Windows(load_split(shards, "train"), config.model.n_ctx, config.train.seed)
     torch.manual_seed(config.train.seed)
     model = GPT2(config.model).to(device)
-    optimizer = make_optimizer(model, config.train)
     state = State(
         step=0, steps=config.train.steps, sequences=0, best_val_loss=None, elapsed_s=0.0, metrics_bytes=0
     )
     complete = checkpoint.list_complete(out / "checkpoints")
-    if complete:
-        saved = checkpoint.load(complete[-1])
-        model.load_state_dict(saved.model)
-        restore_state(optimizer, model, saved.optimizer)
-        checkpoint.restore_random(saved.random, device)
+    saved = checkpoint.load(complete[-1]) if complete else None
+    if saved is not None:
         # Steps that were fitted into max_seconds stay, unless other steps are asked for now.
         asked_again = saved.config.train.steps == config.train.steps
         state = saved.state if asked_again else replace(saved.state, steps=config.train.steps)
@@ -110,18 +124,25 @@ def open_run(
         device=device,
         dtype=dtype,
         model=model,
-        optimizer=optimizer,
-        windows=windows,
+        loss=model.loss,
+        optimizer=make_optimizer(model, config.train),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        feed=Feed(windows, config.train.batch, config.model.vocab_size, device),
         val=load_split(shards, "val"),
         tokenizer=load_tokenizer(data.tokenizer),
         metrics=Metrics(out / "metrics.jsonl", state.metrics_bytes),
+        telemetry=Telemetry(device),
         reporter=reporter,
         clock=clock,
         state=state,
+        micro_batch=config.train.micro_batch,
+        token_flops=estimate_flops(config.model),
+        peak_flops=peak_flops(device, dtype),
         begun_s=clock() - state.elapsed_s,
         first_step=state.step,
     )
-    run.announce()
+    if saved is not None:
+        run.restore(saved)
     return run
 
 
@@ -133,87 +154,300 @@ class Run:
     out: Path
     device: torch.device
     dtype: torch.dtype
-    model: GPT2
-    optimizer: torch.optim.Optimizer
-    windows: Windows
+    model: GPT2  # the weights: what is saved, evaluated and sampled from
+    loss: Callable[[Tensor, Tensor], Tensor]  # of the model, as it is trained: (ids, targets) (B, T) → mean
+    optimizer: Optimizers
+    scaler: torch.amp.GradScaler  # of the loss, so that gradients in fp16 are not too small for it; else idle
+    feed: Feed
     val: list[Tokens]
     tokenizer: Tokenizer
     metrics: Metrics
+    telemetry: Telemetry
     reporter: Reporter
     clock: Callable[[], float]
     state: State
+    micro_batch: int  # sequences a forward pass; 0 until `prepare` has chosen
+    token_flops: float  # to train on one token
+    peak_flops: float | None  # FLOP/s of the device at most; None: not known
     begun_s: float  # on the clock, as if the run had never been interrupted
-    first_step: int  # updates done when this start of the run began
+    first_step: int  # updates done when this start of the run, or its last way back, began
     pace_since: tuple[int, float] = (0, 0.0)  # (step, elapsed_s) from which the pace is measured
-    skips: int = 0  # updates skipped in a row
+    guard: Guard = field(default_factory=Guard)
 
     @property
     def elapsed_s(self) -> float:
         return self.clock() - self.begun_s
 
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step."""
+        return self.config.train.batch * self.config.model.n_ctx
+
+    def prepare(self) -> None:
+        """All that comes before the first step: room on the disk, the micro-batch, and what is said of the run."""
+        disk = self._measure_disk()
+        preflight.check_disk(self.checkpoints, disk)
+        self.micro_batch = self.micro_batch or self._choose_micro_batch()
+        self.announce()
+
+    def close(self) -> None:
+        """Files and threads; not the work, which `save` has or has not saved."""
+        self.feed.close()
+        _close(self.metrics)
+
     def update(self) -> None:
         """One step: the next `batch` sequences, one change of the weights, one row of metrics."""
-        wanted, started_s = self.config.train, self.elapsed_s
-        lr = learning_rate(self.state.step, self.state.steps, wanted)
-        loss, grad_norm = self._accumulate()
-        # Asked before the update: weights that became NaN do not recover, a batch left out is not missed.
-        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if is_finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+        started_s = self.elapsed_s
+        lr = learning_rate(self.state.step, self.state.steps, self.config.train)
+        loss, grad_norm = self.gradients()
+        reason = self._judge(loss, grad_norm)
+        if reason is None:
+            self.optimizer.set_rate(lr)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        self.optimizer.zero_grad()
         self.state = replace(
             self.state,
             step=self.state.step + 1,
-            sequences=self.state.sequences + wanted.batch,
+            sequences=self.state.sequences + self.config.train.batch,
             elapsed_s=self.elapsed_s,
         )
-        tokens = wanted.batch * self.config.model.n_ctx
-        self.metrics.write(
-            "step",
-            self.state.step,
-            loss=loss if is_finite else None,
-            lr=lr,
-            grad_norm=grad_norm if is_finite else None,
-            tokens=self.state.sequences * self.config.model.n_ctx,
-            tokens_per_s=round(tokens / max(self.state.elapsed_s - started_s, 1e-9), 1),
-            elapsed_s=round(self.state.elapsed_s, 3),
-        )
-        self.reporter.step(
-            self.state.step, self.state.steps, loss=loss, lr=lr, grad_norm=grad_norm, tokens=tokens
-        )
-        self.skips = 0 if is_finite else self.skips + 1
-        if not is_finite:
-            self._event("a gradient that is not finite: update left out")
-        if self.skips == MOST_SKIPS:
-            raise WorkloadError(
-                f"step {self.state.step}: the last {MOST_SKIPS} updates had gradients that are not finite",
-                "resume with a smaller --set train.lr, or with --dtype fp32",
-            )
+        self._log_step(loss, lr, grad_norm, self.state.elapsed_s - started_s)
+        if reason:
+            self._event(f"{reason}: update left out")
+        if reason and self.guard.skips >= MOST_SKIPS:
+            self.roll_back(reason)
+
+    def gradients(self) -> tuple[float, float]:
+        """`_accumulate`; with a smaller micro-batch, and the same draws, when memory runs out."""
+        random = checkpoint.gather_random(self.device)
+        while True:
+            try:
+                return self._accumulate()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside of the handler: there the traceback still holds the tensors that filled the memory.
+            self._shrink()
+            checkpoint.restore_random(random, self.device)
 
     def _accumulate(self) -> tuple[float, float]:
         """Gradients of the mean loss of the next `batch` sequences, clipped; returns that loss and their norm before."""
         wanted = self.config.train
-        batch = torch.from_numpy(self.windows.batch(self.state.sequences, wanted.batch))
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()
-        ids = batch.to(self.device, non_blocking=True)
-        parts = torch.split(ids, wanted.micro_batch)
+        parts = torch.split(self.feed.take(self.state.sequences), self.micro_batch)
         total = torch.zeros((), device=self.device)
         for part in parts:
-            with autocast(self.device, self.dtype):
-                loss = self.model.loss(part[:, :-1], part[:, 1:]) / len(parts)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+            total += self._backward(part, len(parts))
+        for optimizer in self.optimizer.parts:
+            self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), wanted.clip or math.inf)
-        return total.item(), norm.item()  # the one wait for the device in a step
+        loss, grad_norm = torch.stack((total, norm)).tolist()  # the one wait for the device in a step
+        return loss, grad_norm
+
+    def _backward(self, part: Tensor, parts: int) -> Tensor:
+        """Add the gradients of one of `parts` micro-batches; returns its share of the loss."""
+        with autocast(self.device, self.dtype):
+            loss = self.loss(part[:, :-1], part[:, 1:]) / parts
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _judge(self, loss: float, grad_norm: float) -> str | None:
+        """None to update; else why not, or "" for an overflow by which the scaler finds its scale."""
+        finding = self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
+        if finding and math.isfinite(loss) and not math.isfinite(grad_norm):
+            return ""
+        wanted = self.config.train
+        self.guard, reason = judge(
+            self.guard, loss, grad_norm, deviations=wanted.guard, window=wanted.guard_window
+        )
+        return reason or None
+
+    def _log_step(self, loss: float, lr: float, grad_norm: float, took_s: float) -> None:
+        rate = self.tokens / max(took_s, 1e-9)
+        mfu = self._mfu(rate)
+        gpu = self.telemetry.read()
+        optional = gpu if mfu is None else {"mfu": round(mfu, 4), **gpu}
+        self.metrics.write(
+            "step",
+            self.state.step,
+            loss=loss if math.isfinite(loss) else None,
+            lr=lr,
+            grad_norm=grad_norm if math.isfinite(grad_norm) else None,
+            tokens=self.state.sequences * self.config.model.n_ctx,
+            tokens_per_s=round(rate, 1),
+            elapsed_s=round(self.state.elapsed_s, 3),
+            **optional,
+        )
+        self.reporter.step(
+            self.state.step,
+            self.state.steps,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens=self.tokens,
+            mfu=mfu,
+            gpu=gpu,
+        )
+
+    def _mfu(self, tokens_per_s: float) -> float | None:
+        """The part of the device's peak that this rate is; None where the peak is not known."""
+        return None if self.peak_flops is None else tokens_per_s * self.token_flops / self.peak_flops
+
+    def _choose_micro_batch(self) -> int:
+        """On a GPU by trying sizes on the first sequences, which changes nothing; on a CPU by arithmetic alone.
+
+        So a run on a CPU adds up its gradients in the same order however often it is interrupted, to the last bit.
+        """
+        batch, n_ctx = self.config.train.batch, self.config.model.n_ctx
+        if self.device.type == "cpu":
+            return microbatch.bounded(batch, n_ctx)
+        trials = self.probe(microbatch.sizes(batch))
+        chosen = microbatch.choose(trials)
+        if chosen is None:
+            raise self._too_large()
+        self.reporter.note(
+            "tried    "
+            + ", ".join(
+                f"{t.size}: {t.tokens_per_s:,.0f} tok/s" if t.tokens_per_s else f"{t.size}: does not fit"
+                for t in trials
+            )
+        )
+        return chosen
+
+    def probe(self, candidates: list[int]) -> list[microbatch.Trial]:
+        """Time forward and backward passes of these micro-batches. Weights, generators and data stay as they are."""
+        random = checkpoint.gather_random(self.device)
+        # Room that the optimizer will take with its first update.
+        fresh = not gather_state(self.optimizer, self.model)
+        reserve = state_bytes(self.model, self.config.train) if fresh and self.device.type == "cuda" else 0
+        ballast = torch.empty(reserve, dtype=torch.uint8, device=self.device)
+        trials = microbatch.probe(candidates, self._try_size)
+        del ballast
+        self._clear()
+        checkpoint.restore_random(random, self.device)
+        return trials
+
+    def _try_size(self, size: int) -> float:
+        """Tokens/s with micro-batches of `size`. Raises torch.OutOfMemoryError when it does not fit, or barely does."""
+        microbatch.reset_peak(self.device)
+        try:
+            ids = self.feed.load(self.state.sequences, size)
+            took_s = microbatch.time_steps(lambda: float(self._backward(ids, 1)), self.clock)
+            if microbatch.over_headroom(self.device):
+                raise torch.OutOfMemoryError(f"micro-batch {size} leaves no room")
+        finally:
+            self._clear()
+        return size * self.config.model.n_ctx / max(took_s, 1e-9)
+
+    def _shrink(self) -> None:
+        """Halve the micro-batch, or say that nothing fits."""
+        self._clear()
+        size = microbatch.smaller(self.config.train.batch, self.micro_batch)
+        if size is None:
+            raise self._too_large()
+        self._event(f"out of memory with micro-batch {self.micro_batch}: going on with {size}")
+        self.micro_batch = size
+
+    def _clear(self) -> None:
+        """Forget gradients, and give unused memory back."""
+        self.optimizer.zero_grad()
+        microbatch.free_memory(self.device)
+
+    def _too_large(self) -> WorkloadError:
+        return WorkloadError(
+            f"one sequence of {self.config.model.n_ctx} tokens does not fit the memory of {self.device} "
+            f"with {count_parameters(self.model):,} parameters",
+            "close what else uses it, or begin a smaller model: fewer model.n_layer, n_embd or n_ctx",
+        )
+
+    def roll_back(self, reason: str) -> None:
+        """To a checkpoint before the trouble, and on with sequences that were not seen yet.
+
+        The first time to the newest; when that did not help, to the one before. Only checkpoints that the plan asks
+        for, while there are any: those that a stop left would make an interrupted run go another way. Where none is
+        old enough the oldest does: what was left out has not changed the weights.
+        """
+        wanted, was = self.config.train, self.state
+        complete = checkpoint.list_complete(self.checkpoints)
+        planned = [path for path in complete if self._is_planned(_step_of(path))] or complete
+        usable = [path for path in planned if _step_of(path) <= was.step - MOST_SKIPS] or planned[:1]
+        if not usable or self.guard.roll_backs >= MOST_ROLL_BACKS:
+            tried = (
+                f" after going back {self.guard.roll_backs} times"
+                if usable
+                else " before the first checkpoint"
+            )
+            raise WorkloadError(
+                f"step {was.step}: {reason}; the last {MOST_SKIPS} updates were left out{tried}",
+                f"go on with a smaller --set train.lr (now {wanted.lr:g}), with --dtype fp32, or, when the data is to "
+                "blame and not the run, with --set train.guard=0",
+            )
+        target = usable[-1 - min(self.guard.roll_backs, len(usable) - 1)]
+        saved = checkpoint.load(target)
+        for path in complete[complete.index(target) + 1 :]:
+            (path / checkpoint.MANIFEST).unlink()  # from here on it does not exist
+            rmtree(path)
+        checkpoint.point(self.checkpoints, "latest", target.name)
+        trouble = self.guard
+        self.restore(saved)
+        self.guard = roll_back(self.guard, trouble)
+        self.state = replace(saved.state, sequences=was.sequences, elapsed_s=self.elapsed_s)
+        self.first_step = saved.state.step
+        _close(self.metrics)
+        self.metrics = Metrics(self.out / "metrics.jsonl", saved.state.metrics_bytes)
+        self._event(
+            f"{MOST_SKIPS} updates up to step {was.step} left out, the last for {reason}: back to step "
+            f"{self.state.step}, on with the data after sequence {was.sequences}"
+        )
+
+    def _is_planned(self, step: int) -> bool:
+        return step % self.config.train.save_every == 0 or step % self.config.train.eval_every == 0
+
+    def extras(self) -> dict[str, Tensor]:
+        """What updates depend on besides weights, moments and generators, as tensors of the checkpoint."""
+        guard = {f"guard/{name}": tensor for name, tensor in gather_guard(self.guard).items()}
+        scaler = {f"scaler/{name}": torch.tensor(value) for name, value in self.scaler.state_dict().items()}
+        size = {f"micro_batch/{self._device_name()}": torch.tensor(self.micro_batch)}
+        return guard | scaler | size
+
+    def restore(self, saved: Checkpoint) -> None:
+        """All that a checkpoint holds, but for `state`."""
+        self.model.load_state_dict(saved.model)
+        extras = {name: t for name, t in saved.optimizer.items() if name.startswith(EXTRAS)}
+        moments = {name: t for name, t in saved.optimizer.items() if name not in extras}
+        restore_state(self.optimizer, self.model, moments)
+        checkpoint.restore_random(saved.random, self.device)
+        self.guard = restore_guard(_below("guard/", extras))
+        scaler = _below("scaler/", extras)
+        if scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict({name: tensor.item() for name, tensor in scaler.items()})
+        size = extras.get(f"micro_batch/{self._device_name()}")
+        if size is not None and not self.config.train.micro_batch:
+            self.micro_batch = int(size)  # it decides in what order gradients are added up
+
+    def _device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    def explain_loss(self, error: BaseException) -> WorkloadError:
+        """For a device that does not answer any more."""
+        complete = checkpoint.list_complete(self.checkpoints)
+        kept = f"{complete[-1].name} is safe" if complete else "there was no checkpoint yet"
+        return WorkloadError(
+            f"step {self.state.step}: {self.device} was lost: {str(error).splitlines()[0]}; {kept}",
+            f"dmesg and nvidia-smi say why; then: python -m workload train --resume --out {self.out}",
+        )
 
     def fit_steps(self) -> None:
         """Plan fewer steps when this machine will not finish in max_seconds, more again when it will; says so."""
         state, wanted, ran = self.state, self.config.train, self.state.step - self.first_step
         if ran == PACE_FROM:
             self.pace_since = (state.step, state.elapsed_s)
+        if ran == PACE_UNTIL:
+            self._announce_pace()
         if ran < PACE_UNTIL:
             return
         steps = fit_steps(
@@ -227,14 +461,14 @@ class Run:
 
     def save(self) -> None:
         """A complete checkpoint of this step, and no more of them than the policy keeps."""
-        folder, wanted = self.out / "checkpoints", self.config.train
+        folder, wanted = self.checkpoints, self.config.train
         self.state = replace(self.state, elapsed_s=self.elapsed_s, metrics_bytes=self.metrics.sync())
         checkpoint.save(
             folder,
             self.config,
             self.state,
             model=self.model.state_dict(),
-            optimizer=gather_state(self.optimizer, self.model),
+            optimizer=gather_state(self.optimizer, self.model) | self.extras(),
             random=checkpoint.gather_random(self.device),
         )
         checkpoint.prune(folder, keep=wanted.keep, keep_every=wanted.keep_every)
@@ -242,15 +476,7 @@ class Run:
     def evaluate(self, should_stop: Callable[[], bool]) -> None:
         """Validation loss, the best checkpoint, a sample, the report; any of them only while not told to stop."""
         wanted, step = self.config.train, self.state.step
-        score = evaluate(
-            self.model,
-            self.val,
-            count_bytes(self.tokenizer),
-            sequences=wanted.eval_sequences,
-            micro_batch=wanted.micro_batch,
-            dtype=self.dtype,
-            should_stop=should_stop,
-        )
+        score = self._score(should_stop)
         if score is None:
             return
         self.metrics.write(
@@ -263,8 +489,8 @@ class Run:
         self.reporter.validated(step, score.loss, score.bits_per_byte)
         if step and (self.state.best_val_loss is None or score.loss < self.state.best_val_loss):
             self.state = replace(self.state, best_val_loss=score.loss)
-            checkpoint.point(self.out / "checkpoints", "best", checkpoint.folder_name(step))
-            checkpoint.prune(self.out / "checkpoints", keep=wanted.keep, keep_every=wanted.keep_every)
+            checkpoint.point(self.checkpoints, "best", checkpoint.folder_name(step))
+            checkpoint.prune(self.checkpoints, keep=wanted.keep, keep_every=wanted.keep_every)
         if wanted.sample_tokens:
             prompt = self.tokenizer.encode(wanted.sample_prompt) or [self.tokenizer.eot]
             tokens = generate(
@@ -282,12 +508,33 @@ class Run:
             self.metrics.write("sample", step, prompt=wanted.sample_prompt, text=text)
         save_report(self.out)
 
+    def _score(self, should_stop: Callable[[], bool]) -> Score | None:
+        """The validation loss, with as many sequences at once as fit."""
+        size = self.micro_batch
+        while True:
+            try:
+                return evaluate(
+                    self.model,
+                    self.val,
+                    count_bytes(self.tokenizer),
+                    sequences=self.config.train.eval_sequences,
+                    micro_batch=size,
+                    dtype=self.dtype,
+                    should_stop=should_stop,
+                )
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+            size //= 2
+            self.model.train()
+            microbatch.free_memory(self.device)
+
     def announce(self) -> None:
         """What is about to happen, for the person and for the report."""
         wanted, model = self.config.train, self.config.model
         environment = describe(self.device, self.dtype)
-        tokens = wanted.batch * model.n_ctx
-        epochs = self.state.steps * wanted.batch / self.windows.n
+        windows = self.feed.windows
+        epochs = self.state.steps * wanted.batch / windows.n
         start = {
             "from_step": self.state.step,
             "environment": environment,
@@ -299,15 +546,51 @@ class Run:
         note(f"run      {self.out}" + (f", going on from step {self.state.step}" if self.state.step else ""))
         note(
             f"model    GPT-2, {start['parameters']:,} parameters: {model.n_layer} layers, {model.n_head} heads, "
-            f"{model.n_embd} channels, {model.n_ctx} tokens of context; {estimate_flops(model) / 1e6:,.1f} MFLOP a token"
+            f"{model.n_embd} channels, {model.n_ctx} tokens of context; {self.token_flops / 1e6:,.1f} MFLOP a token"
         )
         note(
-            f"data     {self.config.data.source}: {sum(map(len, self.windows.shards)):,} {self.tokenizer.name} tokens to "
+            f"data     {self.config.data.source}: {sum(map(len, windows.shards)):,} {self.tokenizer.name} tokens to "
             f"train on, {sum(map(len, self.val)):,} to validate"
         )
-        note(f"plan     {self.state.steps} steps of {tokens:,} tokens, {epochs:,.1f} times through the data")
+        note(
+            f"plan     {self.state.steps} steps of {self.tokens:,} tokens, {epochs:,.1f} times through the data"
+        )
+        note(f"batch    {wanted.batch} sequences, {self.micro_batch} at a time")
         note(f"machine  {environment}")
+
+    def _announce_pace(self) -> None:
+        """Once the pace is known: what the rest will take. Only said; who does not like it stops it."""
+        since, now = self.pace_since, self.state
+        done, took_s, left = now.step - since[0], now.elapsed_s - since[1], now.steps - now.step
+        if done <= 0 or took_s <= 0 or left <= 0:
+            return
+        rate = done * self.tokens / took_s
+        pace = preflight.render_pace(
+            tokens_per_s=rate, mfu=self._mfu(rate), eta_s=left * took_s / done, steps_left=left
+        )
+        self.reporter.note(f"pace     {pace}")
+        self.reporter.note(f"disk     {preflight.render_disk(self._measure_disk())}")
+
+    def _measure_disk(self) -> preflight.Disk:
+        size = 4 * count_parameters(self.model) + state_bytes(self.model, self.config.train)
+        return preflight.measure_disk(
+            self.checkpoints, self.config.train, self.state.steps, checkpoint_bytes=size
+        )
 
     def _event(self, text: str) -> None:
         self.metrics.write("event", self.state.step, text=text)
         self.reporter.note(f"step {self.state.step}: {text}")
+
+
+def _close(metrics: Metrics) -> None:
+    with metrics:
+        pass
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

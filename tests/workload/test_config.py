@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workload.config import Config, TrainConfig, check, list_presets, load_config, parse_config, render_toml
+from workload.config import Config, check, list_presets, load_config, parse_config, render_toml
 from workload.errors import WorkloadError
 
 
@@ -113,4 +113,30 @@ def test_toml_reads_back_what_was_written(prompt: str, lr: float, tied: bool, se
 
 def test_the_defaults_are_consistent() -> None:
     assert check(load_config("gpt2-124m")) == []
-    assert TrainConfig().batch % TrainConfig().micro_batch == 0
+    assert check(Config(model=dataclasses.replace(load_config("demo").model, vocab_size=50257))) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("optimizer=mouon", "train.optimizer must be adamw or muon, not mouon; did you mean muon?"),
+        ("schedule=cosin", "train.schedule must be cosine or wsd, not cosin; did you mean cosine?"),
+        ("decay=0.0", "train.decay is a fraction of train.steps and must be in (0, 1], not 0.0"),
+        ("guard=-1", "train.guard must not be less than 0, not -1.0"),
+        ("muon_momentum=1", "train.muon_momentum must be in [0, 1), not 1.0"),
+        ("guard_window=0", "train.guard_window must be more than 0, not 0"),
+        ("micro_batch=-1", "train.micro_batch must not be less than 0, not -1"),
+    ],
+)
+def test_words_and_numbers_that_make_no_sense(setting: str, complaint: str) -> None:
+    with pytest.raises(WorkloadError) as caught:
+        load_config("demo", [setting])
+    assert caught.value.message == complaint
+
+
+def test_a_configuration_from_before_there_were_these_keys_still_loads() -> None:
+    new = ("optimizer", "muon_lr", "muon_momentum", "schedule", "decay", "guard", "guard_window")
+    lines = render_toml(load_config("demo", ["micro_batch=12"])).splitlines()
+    old = "\n".join(line for line in lines if line.partition(" = ")[0] not in new)
+    assert len(lines) - len(old.splitlines()) == len(new)
+    assert parse_config(old, where="test") == load_config("demo", ["micro_batch=12"])

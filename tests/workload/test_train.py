@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,13 +210,13 @@ def test_gradients_are_clipped_and_their_norm_told(config: Config, tmp_path: Pat
     assert norms[0.01][1] == pytest.approx(0.01, rel=1e-3)
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[int], bool]) -> None:
-    """Make the loss of the update after `step` steps infinite when is_bad(step)."""
+def poison(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[Run], bool]) -> None:
+    """Make the gradients of the next update NaN when is_bad(run)."""
     original = Run._accumulate
 
     def accumulate(self: Run) -> tuple[float, float]:
         loss, norm = original(self)
-        if is_bad(self.state.step):
+        if is_bad(self):
             for p in self.model.parameters():
                 p.grad = torch.full_like(p, float("nan"))
             return float("nan"), float("nan")
@@ -226,7 +228,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[int], bool]) -> No
 def test_an_update_that_is_not_finite_is_left_out(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison(monkeypatch, lambda step: step == 2)
+    poison(monkeypatch, lambda run: run.state.step == 2)
     run(with_train(config, steps=3, save_every=1, keep=9), tmp_path / "run")
     before, after, last = (load(path).model for path in list_complete(tmp_path / "run" / "checkpoints"))
     assert not torch.equal(before["wte.weight"], after["wte.weight"])
@@ -236,12 +238,332 @@ def test_an_update_that_is_not_finite_is_left_out(
     assert [row["loss"] is None for row in rows if row["kind"] == "step"] == [False, False, True]
 
 
-def test_a_run_that_diverged_ends_with_an_error(
+def test_a_run_that_diverged_goes_back_and_ends_with_an_error(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison(monkeypatch, lambda step: step >= 5)
-    with pytest.raises(WorkloadError, match="step 25: the last 20 updates"):
-        run(with_train(config, steps=99, eval_every=50), tmp_path / "run")
+    poison(monkeypatch, lambda run: run.state.step >= 5)
+    with pytest.raises(WorkloadError, match=r"step 16: a loss .* left out after going back 3 times"):
+        run(with_train(config, steps=99, eval_every=50, save_every=4), tmp_path / "run")
+    with pytest.raises(WorkloadError, match="left out before the first checkpoint"):
+        run(with_train(config, steps=99, eval_every=50, save_every=50), tmp_path / "other")
+
+
+class Killed(BaseException):
+    """As if the process had ended: nothing catches it, nothing is saved after it."""
+
+
+def die_once(monkeypatch: pytest.MonkeyPatch, when: Callable[[Run], bool]) -> None:
+    original = Run.update
+    armed = True
+
+    def update(self: Run) -> None:
+        nonlocal armed
+        if armed and when(self):
+            armed = False
+            raise Killed
+        original(self)
+
+    monkeypatch.setattr(Run, "update", update)
+
+
+@pytest.mark.parametrize("dies", [None, 6, 14, 17])
+def test_bad_data_is_left_behind_and_an_interruption_changes_nothing_of_it(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: int | None
+) -> None:
+    config = with_train(config, steps=20, keep=3)
+    poison(monkeypatch, lambda run: 6 <= run.state.sequences // 4 < 14)  # eight updates, from the seventh on
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    state = run(config, whole)
+    rows = list(load_rows(whole / "metrics.jsonl"))
+    events = [(row["step"], row["text"]) for row in rows if row["kind"] == "event"]
+    assert events == [
+        (
+            4,
+            "8 updates up to step 14 left out, the last for a loss that is not finite: back to step 4, "
+            "on with the data after sequence 56",
+        )
+    ]
+    assert (state.step, state.sequences) == (20, 4 * (14 + 16))
+    assert [row["step"] for row in rows if row["kind"] == "step"] == list(range(1, 21))
+    assert [row["tokens"] for row in rows if row["kind"] == "step"][3:5] == [4 * 64, 15 * 64]
+    if dies is not None:
+        die_once(monkeypatch, lambda run: run.state.sequences // 4 == dies)
+        with pytest.raises(Killed):
+            run(config, killed)
+        run(config, killed)
+        assert outcome(killed) == outcome(whole)
+
+
+def test_a_second_way_back_goes_further(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_train(config, steps=20, keep=9)
+    poison(monkeypatch, lambda run: 9 <= run.state.sequences // 4 < 25)  # two times eight
+    out = tmp_path / "run"
+    state = run(config, out)
+    events = [row["text"] for row in load_rows(out / "metrics.jsonl") if row["kind"] == "event"]
+    assert events == [
+        "8 updates up to step 16 left out, the last for a loss that is not finite: back to step 4, "
+        "on with the data after sequence 100"
+    ]
+    assert (state.step, state.sequences) == (20, 100 + 4 * 16)
+    assert (out / "checkpoints" / "latest").read_text() == "step-00000020\n"
+    assert [int(path.name[-2:]) for path in list_complete(out / "checkpoints")] == [4, 8, 12, 16, 20]
+
+
+def out_of_memory(monkeypatch: pytest.MonkeyPatch, too_large: Callable[[Run, int], bool]) -> None:
+    """Mock of a GPU's memory: a forward pass of too many sequences raises what CUDA's allocator does."""
+    original = Run._backward
+
+    def backward(self: Run, part: torch.Tensor, parts: int) -> torch.Tensor:
+        if too_large(self, len(part)):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(self, part, parts)
+
+    monkeypatch.setattr(Run, "_backward", backward)
+
+
+def test_a_step_that_runs_out_of_memory_is_done_again_with_half(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory is a mock. Dropout shows that the step is done again from its beginning, not from its middle."""
+    config = with_train(config, steps=4, save_every=1, keep=9, batch=8, micro_batch=8)
+    run(with_train(config, micro_batch=2), tmp_path / "small")
+    first_part = True
+
+    def too_large(run: Run, size: int) -> bool:
+        nonlocal first_part
+        first_part = not first_part
+        # with 4 at a time the second part fails: the first has left gradients and draws by then
+        return size == 8 or (size == 4 and first_part)
+
+    out_of_memory(monkeypatch, too_large)
+    run(config, tmp_path / "run")
+    rows = list(load_rows(tmp_path / "run" / "metrics.jsonl"))
+    assert [(row["step"], row["text"]) for row in rows if row["kind"] == "event"] == [
+        (0, "out of memory with micro-batch 8: going on with 4"),
+        (0, "out of memory with micro-batch 4: going on with 2"),
+    ]
+    mine, expected = outcome(tmp_path / "run"), outcome(tmp_path / "small")
+    assert [row for row in mine["rows"] if row["kind"] == "step"] == [
+        row for row in expected["rows"] if row["kind"] == "step"
+    ]
+    model = "step-00000004/model.safetensors"
+    assert mine["files"][model] == expected["files"][model]
+
+
+def test_memory_that_holds_not_even_one_sequence_is_an_error_that_loses_nothing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory is a mock."""
+    out_of_memory(monkeypatch, lambda run, size: run.state.step >= 5)
+    with pytest.raises(WorkloadError, match="one sequence of 16 tokens does not fit the memory of cpu"):
+        run(config, tmp_path / "run")
+    assert load(list_complete(tmp_path / "run" / "checkpoints")[-1]).state.step == 4
+
+
+def test_evaluation_that_runs_out_of_memory_takes_fewer_at_once(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory is a mock."""
+    tried: list[int] = []
+    original = module.evaluate
+
+    def score(model: GPT2, *arguments: Any, micro_batch: int, **options: Any) -> Any:
+        tried.append(micro_batch)
+        if micro_batch > 1:
+            model.eval()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(model, *arguments, micro_batch=micro_batch, **options)
+
+    run(config, tmp_path / "plain")
+    monkeypatch.setattr(module, "evaluate", score)
+    run(config, tmp_path / "run")
+    assert tried == [2, 1] * 4
+    steps = [
+        [row for row in outcome(tmp_path / name)["rows"] if row["kind"] == "step"]
+        for name in ("plain", "run")
+    ]
+    assert steps[0] == steps[1]  # dropout is on again afterwards
+
+
+def test_trying_sizes_changes_nothing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sizes are really run; the memory that ends at 6 sequences is a mock."""
+    out_of_memory(monkeypatch, lambda run, size: size > 6)
+    config = with_train(config, batch=12, micro_batch=12, save_every=2)
+    run(with_train(config, steps=2, micro_batch=1), tmp_path / "run")
+    this = opened(with_train(config, steps=2, micro_batch=1), tmp_path / "run")
+
+    def everything() -> list[torch.Tensor]:
+        moments = module.gather_state(this.optimizer, this.model)
+        return [t.clone() for t in (*this.model.parameters(), *moments.values(), torch.get_rng_state())]
+
+    before, state = everything(), this.state
+    with this.metrics:
+        trials = this.probe(module.microbatch.sizes(12))
+    assert [(trial.size, trial.tokens_per_s > 0) for trial in trials] == [
+        (1, True),
+        (2, True),
+        (3, True),
+        (6, True),
+        (12, False),
+    ]
+    assert all(map(torch.equal, before, everything()))
+    assert this.state == state
+    assert this.model.training
+    assert all(p.grad is None for p in this.model.parameters())
+
+
+def test_a_micro_batch_of_0_is_chosen_and_kept_with_the_checkpoint(config: Config, tmp_path: Path) -> None:
+    config = with_train(config, batch=6, micro_batch=0, steps=4)
+    run(config, tmp_path / "run")
+    assert load(list_complete(tmp_path / "run" / "checkpoints")[-1]).optimizer["micro_batch/cpu"] == 6
+    run(with_train(config, micro_batch=6), tmp_path / "same")
+    assert outcome(tmp_path / "run")["files"] == outcome(tmp_path / "same")["files"]
+    this = opened(with_train(config, steps=8), tmp_path / "run")
+    with this.metrics:
+        assert this.micro_batch == 6  # before it would be chosen
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        (torch.float32, {"optimizer": "muon", "muon_lr": 0.02}),
+        (torch.float32, {"schedule": "wsd", "decay": 0.5}),
+        (torch.float16, {}),
+        (torch.bfloat16, {"micro_batch": 0}),
+    ],
+    ids=["muon", "wsd", "fp16", "bf16 micro-batch 0"],
+)
+def test_resume_is_exact_with_every_option(
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    settings: dict[str, Any],
+) -> None:
+    config = with_train(config, **settings)
+
+    def go(name: str) -> State:
+        return train(config, tmp_path / name, device=CPU, dtype=dtype, reporter=reporter())
+
+    go("whole")
+    die_once(monkeypatch, lambda run: run.state.step == 7)
+    with pytest.raises(Killed):
+        go("killed")
+    assert go("killed").step == 12
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def test_fp16_finds_its_scale_and_keeps_it(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = with_train(config, steps=60, lr=2e-2)
+    this = open_run(
+        config,
+        out,
+        device=CPU,
+        dtype=torch.float16,
+        threads=1,
+        clock=lambda: 0.0,
+        reporter=reporter(),
+    )
+    this.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # far too large, so that it overflows first
+    with this.metrics:
+        before = this.model.wte.weight.clone()
+        this.update()
+        assert torch.equal(before, this.model.wte.weight)
+        assert this.scaler.get_scale() == 2.0**39
+        assert this.guard.skips == 0
+        for _ in range(59):
+            this.update()
+        this.save()
+    assert 2.0 < math.log2(this.scaler.get_scale()) < 30
+    rows = list(load_rows(out / "metrics.jsonl"))
+    assert [row["kind"] for row in rows] == ["step"] * 60  # no event: that is how the scale is found
+    assert rows[0]["grad_norm"] is None
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    again = open_run(
+        config,
+        out,
+        device=CPU,
+        dtype=torch.float16,
+        threads=1,
+        clock=lambda: 0.0,
+        reporter=reporter(),
+    )
+    with again.metrics:
+        assert again.scaler.state_dict() == this.scaler.state_dict()
+        assert again.guard == this.guard
+
+
+def test_a_lost_gpu_is_a_readable_error_that_loses_nothing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is a mock: what torch raises when a card falls off the bus."""
+
+    def fall_off(run: Run) -> bool:
+        if run.state.step == 6:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might …")
+        return False
+
+    poison(monkeypatch, fall_off)
+    with pytest.raises(WorkloadError) as caught:
+        run(config, tmp_path / "run")
+    assert caught.value.message == (
+        "step 6: cpu was lost: CUDA error: unspecified launch failure; step-00000004 is safe"
+    )
+    assert f"train --resume --out {tmp_path / 'run'}" in caught.value.hint
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(config: Config, tmp_path: Path) -> None:
+    this = opened(config, tmp_path / "run")
+    with this.metrics:
+        this.feed.windows.shards[0] = this.feed.windows.shards[0].copy()
+        this.feed.windows.shards[0][:] = 300
+        with pytest.raises(
+            WorkloadError, match=r"a token 300 in the step from sequence 0 on, but .* 0 … 256"
+        ):
+            this.update()
+
+
+def test_a_disk_too_small_is_refused_before_the_first_step(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 300_000))
+    with pytest.raises(WorkloadError, match=r"4 checkpoints of \d+ kB each need \d+ kB, but 300 kB are free"):
+        run(config, tmp_path / "run")
+    assert list(load_rows(tmp_path / "run" / "metrics.jsonl")) == []
+
+
+def test_the_pace_is_told_once_it_is_known(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    original = Run._accumulate
+
+    def accumulate(self: Run) -> tuple[float, float]:
+        nonlocal now
+        now += 0.5 if self.state.step >= 5 else 3.0  # the first are slow
+        return original(self)
+
+    monkeypatch.setattr(Run, "_accumulate", accumulate)
+    stream = io.StringIO()
+    config = with_train(config, steps=62, eval_every=40, sample_tokens=0)
+    train(
+        config,
+        tmp_path / "run",
+        device=CPU,
+        dtype=torch.float32,
+        reporter=Reporter(stream, lambda: 0.0, 1),
+        clock=lambda: now,
+    )
+    lines = [line for line in stream.getvalue().splitlines() if line.startswith(("pace", "disk"))]
+    assert lines[0] == "pace     128 tokens/s: 42 steps more take 0:21"  # 64 tokens in half a second
+    assert lines[1].startswith("disk     up to 4 checkpoints of ")
+    assert len(lines) == 2
 
 
 def test_the_plan_is_shortened_to_fit_the_time(

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             load_split(shards, "val"),
             count_bytes(load_tokenizer(data.tokenizer)),
             sequences=arguments.sequences,
-            micro_batch=saved.config.train.micro_batch,
+            micro_batch=saved.config.train.micro_batch or 8,
             dtype=dtype,
         )
     assert score is not None
