@@ -58,13 +58,24 @@ def train(
     threads: int = 1,
     clock: Callable[[], float] = time.monotonic,
     should_stop: Callable[[], bool] = lambda: False,
+    make_loss: Callable[[GPT2], Loss] = lambda model: model.loss,
 ) -> State:
     """Train until `config.train.steps` or until `should_stop`, going on from the newest checkpoint below `out`.
 
+    make_loss: gives what a step calls in place of the model's `loss`, such as its compiled form.
     Saved, then evaluated: nothing that evaluation does can lose a step. Returns where the run stands; it is finished
     when its step is its steps and it was not told to stop, which may have cut its last evaluation short.
     """
-    run = open_run(config, out, device=device, dtype=dtype, threads=threads, clock=clock, reporter=reporter)
+    run = open_run(
+        config,
+        out,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        clock=clock,
+        reporter=reporter,
+        make_loss=make_loss,
+    )
     try:
         run.prepare()
         while True:
@@ -99,6 +110,7 @@ def open_run(
     threads: int,
     clock: Callable[[], float],
     reporter: Reporter,
+    make_loss: Callable[[GPT2], Loss] = lambda model: model.loss,
 ) -> "Run":
     """Data, model and optimizer, new or as the newest complete checkpoint has them."""
     save_config(out, config)
@@ -124,7 +136,7 @@ def open_run(
         device=device,
         dtype=dtype,
         model=model,
-        loss=model.loss,
+        loss=make_loss(model),
         optimizer=make_optimizer(model, config.train),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         feed=Feed(windows, config.train.batch, config.model.vocab_size, device),
@@ -155,7 +167,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     model: GPT2  # the weights: what is saved, evaluated and sampled from
-    loss: Callable[[Tensor, Tensor], Tensor]  # of the model, as it is trained: (ids, targets) (B, T) → mean
+    loss: Loss  # of the model, as it is trained: (ids, targets) (B, T) → mean
     optimizer: Optimizers
     scaler: torch.amp.GradScaler  # of the loss, so that gradients in fp16 are not too small for it; else idle
     feed: Feed
