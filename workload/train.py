@@ -41,6 +41,7 @@ from workload.tokenizer import Tokenizer, count_bytes, load_tokenizer
 PACE_FROM = 5  # updates of a start after which its pace is measured: the first are slow
 PACE_UNTIL = 20  # and updates before which it says too little
 
+Loss = Callable[[Tensor, Tensor], Tensor]
 EXTRAS = (
     "guard/",
     "scaler/",
