@@ -208,10 +208,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(listed)}" if listed else ""
 
 
+def render_key(key: str) -> str:
+    """A key as TOML: bare where it may be."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else render_value(key)
+
+
 def render_value(value: object) -> str:
-    """A string, number, truth value or list of them as TOML, whose escapes are not quite JSON's."""
+    """A string, number, truth value, list or table of them as TOML, whose escapes are not quite JSON's."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, dict):
+        return (
+            f"{{ {', '.join(f'{render_key(key)} = {render_value(inner)}' for key, inner in value.items())} }}"
+        )
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(render_value, value))}]"
     if isinstance(value, str):

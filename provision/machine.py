@@ -10,40 +10,34 @@ import difflib
 import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from zoneinfo import available_timezones
 
+from provision import own
 from provision.errors import ProvisionError
-from provision.layers import EXTENDS, Layer, extendable, nearest, read_layer, render_value, stack_layers
+from provision.layers import (
+    EXTENDS,
+    Layer,
+    extendable,
+    nearest,
+    read_layer,
+    render_key,
+    render_value,
+    stack_layers,
+)
 from provision.pins import ALIAS, parse_key
+from provision.rules import ONE_LINE, PACKAGE, SHELL, USER, Between, Rule
 from provision.secrets import HOW, REFERENCE, Secret
+from provision.templates import check_template
 
 PACKAGED_DEFAULTS = Path(__file__).resolve().parent.parent / "machines" / "defaults.toml"
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What a string, or every string of a list, looks like (a whole match), and how a person is told so."""
-
-    pattern: str
-    meaning: str
-
-
-@dataclass(frozen=True)
-class Between:
-    """The least and the greatest whole number that a setting may be."""
-
-    least: int
-    greatest: int
-
-
 SERIAL = Rule(r"(\S([^\n]*\S)?)?", "a serial number or a name in /dev/disk/by-id, without blanks around it")
-ONE_LINE = Rule(r"[^\n]*", "one line")
 URL = Rule(r"((https?|file)://\S+)?", "a URL")
-PACKAGE = Rule(r"[a-z0-9@_+][a-z0-9@._+-]*", "a package name")  # makepkg's rule for pkgname
 # Becomes an argument of pip and uv, where a first '-' would make it an option.
 REQUIREMENT = Rule(r"[A-Za-z0-9][^\n]*", "a requirement such as numpy>=1.26")
 
@@ -98,6 +92,7 @@ class System:
     kernels: Annotated[tuple[str, ...], Rule(r"linux(-[a-z0-9-]+)?", "a kernel package such as linux-lts")]
     cmdline: Annotated[str, ONE_LINE]
     packages: Annotated[tuple[str, ...], PACKAGE]
+    groups: Annotated[tuple[str, ...], PACKAGE]
 
 
 @dataclass(frozen=True)
@@ -112,10 +107,10 @@ class Mirror:
 
 @dataclass(frozen=True)
 class User:
-    name: Annotated[str, Rule(r"[a-z_][a-z0-9_-]{0,31}", "lower-case letters, digits, - and _, at most 32")]
+    name: Annotated[str, USER]
     authorized_keys: tuple[str, ...]
     password: Secret
-    shell: Annotated[str, Rule(r"/\S+", "an absolute path")]
+    shell: Annotated[str, SHELL]
 
 
 @dataclass(frozen=True)
@@ -160,14 +155,33 @@ class Machine:
     gpu: Gpu
     python: Python
     train: Train
+    packages: own.Packages
+    values: own.Values
+    files: own.Files
+    folders: own.Folders
+    links: own.Links
+    lines: own.Lines
+    users: own.Users
+    units: own.Units
+    sysctl: own.Sysctl
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of one section: its type without the rule, and the rule."""
+    """One field of one section: its type without the rule, and the rule; `required` where a table must have it."""
 
     kind: Any
     rule: Rule | Between | None
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Named:
+    """A section of things that the person names: what a name may be, and each thing: one value, or a table of them."""
+
+    name: Rule
+    each: Setting | dict[str, Setting]
+    kind: Any  # the dataclass of a table
 
 
 @functools.cache
@@ -180,12 +194,28 @@ def sections() -> dict[str, Any]:
     return {name: kind for name, kind in get_type_hints(Machine).items() if dataclasses.is_dataclass(kind)}
 
 
+@functools.cache
+def named_sections() -> dict[str, Named]:
+    """Every section whose keys the person chooses."""
+    found = {}
+    for section, hint in get_type_hints(Machine, include_extras=True).items():
+        if hasattr(hint, "__metadata__") and get_origin(get_args(hint)[0]) is Mapping:
+            kind = get_args(get_args(hint)[0])[1]
+            name, *rule = hint.__metadata__
+            each = dict(declared(kind)) if dataclasses.is_dataclass(kind) else Setting(kind, *rule)
+            found[section] = Named(name, each, kind)
+    return found
+
+
 def declared(kind: Any) -> Iterator[tuple[str, Setting]]:
+    required = {
+        field.name for field in dataclasses.fields(kind) if field.default is field.default_factory
+    }  # both are MISSING
     for name, hint in get_type_hints(kind, include_extras=True).items():
         if hasattr(hint, "__metadata__"):
-            yield name, Setting(get_args(hint)[0], hint.__metadata__[0])
+            yield name, Setting(get_args(hint)[0], hint.__metadata__[0], name in required)
         else:
-            yield name, Setting(hint, Rule(REFERENCE, HOW) if hint is Secret else None)
+            yield name, Setting(hint, Rule(REFERENCE, HOW) if hint is Secret else None, name in required)
 
 
 def machines_folder() -> Path:
@@ -224,11 +254,18 @@ def build_checked(name: str, folder: Path, unneeded: frozenset[tuple[str, str]])
     stack = stack_layers(name, folder, PACKAGED_DEFAULTS)
     problems = [*stack.problems, *(problem for layer in stack.layers for problem in check_layer(layer))]
     if not problems:
+        problems = [f"{locate(stack.layers, *keys)}: {text}" for keys, text in missing_keys(stack.layers)]
+    if not problems:
         machine = build_machine(name, stack.layers)
+        files, unread = own.read_sources(machine.files, folder / "files")
+        machine = dataclasses.replace(machine, files=files)
         problems = [
             f"{locate(stack.layers, *keys)}: {text}"
             for keys, text in check_whole(machine)
             if keys not in unneeded
+        ] + [
+            f"{locate(stack.layers, *keys)}: {dotted(keys[:2])}: {text}"
+            for keys, text in (*unread, *check_own(machine))
         ]
         if not problems:
             return machine
@@ -257,10 +294,13 @@ def check_layer(layer: Layer) -> Iterator[str]:
     for section, table in layer.values.items():
         if section == EXTENDS:
             continue
-        if section not in known:
-            yield f"{layer.where(section)}: unknown section [{section}]{nearest(section, known)}"
+        if section not in known and section not in named_sections():
+            listed = [*known, *named_sections()]
+            yield f"{layer.where(section)}: unknown section [{section}]{nearest(section, listed)}"
         elif not isinstance(table, dict):
             yield f"{layer.where(section)}: {section} must be a table: [{section}]"
+        elif section in named_sections():
+            yield from check_named(layer, section, table)
         else:
             for key, value in table.items():
                 if key not in known[section]:
@@ -269,6 +309,35 @@ def check_layer(layer: Layer) -> Iterator[str]:
                 else:
                     for text in check_value(f"{section}.{key}", value, known[section][key]):
                         yield f"{layer.where(section, key)}: {text}"
+
+
+def check_named(layer: Layer, section: str, table: dict[str, Any]) -> Iterator[str]:
+    """What is wrong in a section whose keys the person chooses. `NAME = false` takes away what a lower file says."""
+    known = named_sections()[section]
+    for name, value in table.items():
+        if not re.fullmatch(known.name.pattern, name):
+            yield f"{layer.where(section, name)}: [{section}]: {shorten(name)} is not {known.name.meaning}"
+        elif value is False:
+            continue
+        elif isinstance(known.each, Setting):
+            for text in check_value(dotted((section, name)), value, known.each):
+                yield f"{layer.where(section, name)}: {text}"
+        elif not isinstance(value, dict):
+            text = f"{dotted((section, name))} must be a table, or false where it is not wanted"
+            yield f"{layer.where(section, name)}: {text}"
+        else:
+            for key, inner in value.items():
+                where = layer.where(section, name, key)
+                if key not in known.each:
+                    yield f"{where}: unknown key {shorten(key)} in [{dotted((section, name))}]{nearest(key, known.each)}"
+                else:
+                    for text in check_value(dotted((section, name, key)), inner, known.each[key]):
+                        yield f"{where}: {text}"
+
+
+def dotted(keys: Sequence[str]) -> str:
+    """A setting as a person writes it: `files."/etc/motd".mode`."""
+    return ".".join(shorten_text(render_key(key)) for key in keys)
 
 
 NAMES: dict[Any, str] = {
@@ -298,7 +367,10 @@ def check_value(name: str, value: object, setting: Setting) -> Iterator[str]:
 
 
 def shorten(value: object) -> str:
-    text = repr(value)
+    return shorten_text(repr(value))
+
+
+def shorten_text(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:76]} …"
 
 
@@ -322,7 +394,45 @@ def build_machine(name: str, layers: Sequence[Layer]) -> Machine:
         if section == "user":
             values["authorized_keys"] = tuple(read_keys(values["authorized_keys"]))
         tables[section] = kind(**values)
+    for section, thing in named_sections().items():
+        tables[section] = {
+            name: build_named(thing, value) for name, value in merge_named(section, layers).items()
+        }
     return Machine(name=name, **tables)
+
+
+def merge_named(section: str, layers: Sequence[Layer]) -> dict[str, Any]:
+    """The things of a section that the person names: tables of one name are merged, of values the last one counts."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.values.get(section, {}).items():
+            if value is False:
+                merged.pop(name, None)
+            elif isinstance(value, dict):
+                merged[name] = merged.get(name, {}) | value
+            else:
+                merged[name] = value
+    return merged
+
+
+def build_named(known: Named, value: Any) -> Any:
+    if isinstance(known.each, Setting):
+        return convert(value, known.each.kind)
+    values = {key: convert(inner, known.each[key].kind) for key, inner in value.items()}
+    if "authorized_keys" in values:
+        values["authorized_keys"] = tuple(read_keys(values["authorized_keys"]))
+    return known.kind(**values)
+
+
+def missing_keys(layers: Sequence[Layer]) -> Iterator[own.Problem]:
+    """Tables that lack what they must have, as the files together say them."""
+    for section, known in named_sections().items():
+        if isinstance(known.each, Setting):
+            continue
+        for name, table in merge_named(section, layers).items():
+            for key, setting in known.each.items():
+                if setting.required and key not in table:
+                    yield (section, name), f"{dotted((section, name))} lacks '{key}'"
 
 
 def convert(value: Any, kind: Any) -> Any:
@@ -345,11 +455,12 @@ def read_keys(entries: Sequence[str]) -> Iterator[str]:
         yield from (line.strip() for line in lines if line.strip())
 
 
-def locate(layers: Sequence[Layer], section: str, key: str) -> str:
-    """Where the value in force was written: the last file that has it."""
-    for layer in reversed(layers):
-        if key in layer.values.get(section, {}):
-            return layer.where(section, key)
+def locate(layers: Sequence[Layer], *keys: str) -> str:
+    """Where the value in force was written: the last file that has it, or what contains it."""
+    for depth in range(len(keys), 1, -1):
+        for layer in reversed(layers):
+            if keys[:depth] in layer.lines:
+                return layer.where(*keys[:depth])
     return str(layers[-1].path)
 
 
@@ -406,6 +517,48 @@ def check_whole(machine: Machine) -> Iterator[tuple[tuple[str, str], str]]:
             ("python", "offline"),
             "python.offline is true, so python.find_links must name a folder of wheels",
         )
+
+
+def check_own(machine: Machine) -> Iterator[own.Problem]:
+    """What contradicts itself in what the person adds."""
+    user = machine.user.name
+    said = [(("files", path), path) for path in machine.files]
+    said += [(("folders", path), path) for path in machine.folders]
+    said += [(("links", path), path) for path in machine.links]
+    yield from own.check_paths((where, own.absolute(path, user)) for where, path in said)
+    yield from own.check_lines(machine.lines)
+    yield from own.check_units(machine.units)
+    for path, wanted in machine.files.items():
+        wrong = check_template(wanted.text, template_names(machine)) if wanted.template else None
+        if wrong:
+            place = f"line {wrong[0]} of {wanted.source or 'text'}"
+            yield (
+                ("files", path, "source" if wanted.source else "text"),
+                f"{place}: {wrong[1]}",
+            )
+    for name, other in machine.users.items():
+        if name in (user, "root"):
+            yield ("users", name), f"that is {'user.name' if name == user else 'root'} already"
+        for key in other.authorized_keys:
+            if not is_key(key):
+                text = f"{shorten(key)} is neither a public key line nor a file that holds one"
+                yield ("users", name, "authorized_keys"), text
+
+
+def template_values(machine: Machine) -> dict[str, str]:
+    """What a template may name, but for what the hardware says: every setting that is no secret, and the person's own."""
+    values = {"name": machine.name}
+    for section, known in settings().items():
+        for key, setting in known.items():
+            if setting.kind is not Secret:
+                value = getattr(getattr(machine, section), key)
+                text = " ".join(value) if isinstance(value, tuple) else str(value)
+                values[f"{section}.{key}"] = text.lower() if isinstance(value, bool) else text
+    return values | {f"values.{name}": value for name, value in machine.values.items()}
+
+
+def template_names(machine: Machine) -> set[str]:
+    return {*template_values(machine), *own.SCREEN_NAMES}
 
 
 SYSTEM_FOLDERS = (
@@ -517,7 +670,7 @@ def save_local(folder: Path, name: str, section: str, key: str, value: str) -> N
     for table, settings in values.items():
         lines += [
             f"[{table}]",
-            *(f"{setting} = {render_value(wanted)}" for setting, wanted in settings.items()),
+            *(f"{render_key(setting)} = {render_value(wanted)}" for setting, wanted in settings.items()),
         ]
     staged = path.with_suffix(".partial")
     staged.write_text("\n".join(lines) + "\n")

@@ -118,8 +118,6 @@ def Packages(*names: str, why: str) -> Step:
     too: what it installed since is installed once more.
     """
     wanted = join(names)
-    # Never -Sy alone: a partial upgrade is unsupported on Arch (wiki, System maintenance).
-    pacman = "in_target pacman -Syu --noconfirm --noprogressbar"
     return Step(
         name=f"packages {' '.join(names)}",
         why=why,
@@ -128,7 +126,17 @@ def Packages(*names: str, why: str) -> Step:
         expect="",
         script=f"""groups=$({{ in_target pacman -Sg {wanted} 2> /dev/null || true; }} | cut -d' ' -f1 | sort -u | xargs)
 [[ -z $groups ]] || {{ echo "not packages but groups of them, name those you want: $groups"; exit 1; }}
-doubt="$root"{IN_DOUBT} pacman="$root"/var/lib/pacman again=
+{transaction(wanted)}""",
+        packages=names,
+        disturbs_runs=True,
+    )
+
+
+def transaction(wanted: str) -> str:
+    """Bash: these packages (words of bash) in one transaction that also upgrades everything else."""
+    # Never -Sy alone: a partial upgrade is unsupported on Arch (wiki, System maintenance).
+    pacman = "in_target pacman -Syu --noconfirm --noprogressbar"
+    return f"""doubt="$root"{IN_DOUBT} pacman="$root"/var/lib/pacman again=
 transaction() {{
   [[ -z $again ]] || {pacman} --overwrite '*' $again || return
   {pacman} --needed ${{again:+--overwrite '*'}} {wanted}
@@ -147,10 +155,7 @@ else
 fi
 sync
 rm "$doubt"
-""",
-        packages=names,
-        disturbs_runs=True,
-    )
+"""
 
 
 def Unit(name: str, *, why: str, start: bool = True) -> Step:
@@ -261,7 +266,8 @@ def check_unique(steps: Sequence[Step]) -> None:
     for step in steps:
         if step.name in seen:
             raise ProvisionError(
-                f"Two Steps are called '{step.name}'.", "A concern in provision/system yields it twice."
+                f"Two Steps are called '{step.name}'.",
+                "A concern in provision/system yields it twice, or the machine file asks for what the system makes anyway.",
             )
         seen.add(step.name)
 

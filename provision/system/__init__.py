@@ -3,7 +3,7 @@
 To add a concern of your own, write a function `(Machine, Facts) -> Iterator[Step]` and put it into the list.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from provision.errors import ProvisionError
 from provision.facts import Facts
@@ -28,6 +28,15 @@ from provision.system.layout import layout
 from provision.system.live import clock, live
 from provision.system.mirror import mirror
 from provision.system.network import network, sshd
+from provision.system.own import (
+    own_files,
+    own_groups,
+    own_lines,
+    own_packages,
+    own_sysctl,
+    own_units,
+    own_users,
+)
 from provision.system.python import python
 from provision.system.swap import swap
 
@@ -39,6 +48,7 @@ CONCERNS: tuple[Concern, ...] = (
     base,
     gpu,
     extra_packages,
+    own_packages,
     pacman,
     encryption,
     swap,
@@ -55,6 +65,13 @@ CONCERNS: tuple[Concern, ...] = (
     mirror,
     gpu_services,
     python,
+    # What the person adds, last: what is wrong in it leaves a machine that runs.
+    own_groups,
+    own_users,
+    own_files,
+    own_lines,
+    own_sysctl,
+    own_units,
 )
 
 
@@ -75,6 +92,22 @@ def check_layout(machine: Machine, facts: Facts) -> None:
         )
 
 
+def check_places(steps: Sequence[Step]) -> None:
+    """One path in two Steps of different kinds: each would undo the other for ever."""
+    seen: dict[str, str] = {}
+    for step in steps:
+        kind, _, rest = step.name.partition(" ")
+        place = rest.rpartition(" of ")[2] if kind == "line" else rest
+        if kind not in ("file", "link", "directory", "line"):
+            continue
+        before = seen.setdefault(place, kind)
+        if before != kind:
+            raise ProvisionError(
+                f"{place} would be a {before} and a {kind}: two Steps that would undo each other.",
+                "Take one of them out of the machine file; what the system itself makes cannot be replaced there.",
+            )
+
+
 def system(machine: Machine, facts: Facts, now_s: int) -> list[Step]:
     """All Steps for the system that the host is in now: the live ISO, or the installation.
 
@@ -92,4 +125,5 @@ def system(machine: Machine, facts: Facts, now_s: int) -> list[Step]:
     if facts.system == "live":
         steps = [bootstrap(step, machine) if step.packages else step for step in steps]
     check_unique(steps)
+    check_places(steps)
     return steps

@@ -51,10 +51,11 @@ def sshd(machine: Machine, facts: Facts) -> Iterator[Step]:
         # Not a second time: the probe may not have seen it, on a disk that was locked then.
         script=f"if at test -s {HOST_KEY} && at test -s {HOST_KEY}.pub; then exit 0; fi\nat rm -f {HOST_KEY} {HOST_KEY}.pub\nin_target ssh-keygen -q -t ed25519 -N '' -C {quote(machine.name)} -f {HOST_KEY}",
     )
+    people = [machine.user.name, *(name for name, other in machine.users.items() if other.authorized_keys)]
     yield File(
         "/etc/ssh/sshd_config.d/10-metal.conf",  # sshd takes the first value it meets: before 99-archlinux.conf
         f"HostKey {HOST_KEY}\nPermitRootLogin no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-        f"AllowUsers {machine.user.name}\n",
+        f"AllowUsers {' '.join(people)}\n",
         why="keys only, no root, one host key",
         then=f"{check}\n[[ $root ]] || systemctl try-reload-or-restart sshd.service",
     )

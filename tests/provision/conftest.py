@@ -2,6 +2,8 @@
 
 import base64
 import json
+import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from provision.facts import Facts, parse_facts
 from provision.machine import Machine, load_machine
 
+Run = Callable[[str], subprocess.CompletedProcess[str]]
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJxCVsJW7mnqQ5hPzLmV4x2nWJ9Zs0Yw3e8oTqk5fGhd person@laptop"
 
 
@@ -151,3 +154,37 @@ def with_target(facts: Facts, **changes: object) -> Facts:
     """The same facts with the target disk changed."""
     target, *others = facts.disks
     return replace(facts, disks=(replace(target, **changes), *others))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    scratch = tmp_path / "root"
+    for folder in ("usr", "etc", "var/lib", "dev", "home", "tmp"):
+        (scratch / folder).mkdir(parents=True)
+    for name in ("bin", "sbin", "lib", "lib64"):
+        (scratch / name).symlink_to(f"usr/{name}")
+    (scratch / "etc/passwd").write_text("root:x:0:0::/root:/bin/bash\n")
+    (scratch / "etc/group").write_text("root:x:0:\nwheel:x:998:\n")
+    (scratch / "etc/shadow").write_text("root:*::::::\n")
+    (scratch / "etc/login.defs").write_text("UID_MIN 1000\nUID_MAX 60000\nGID_MIN 1000\nGID_MAX 60000\n")
+    return scratch
+
+
+@pytest.fixture
+def run(root: Path) -> Run:
+    """Runs a script as root in a mount namespace where the scratch root has this computer's /usr."""
+
+    def run_script(script: str) -> subprocess.CompletedProcess[str]:
+        mounts = f"mount --bind /usr {root}/usr; mount --bind /dev {root}/dev"
+        argv = [
+            "unshare",
+            "--mount",
+            "--propagation",
+            "private",
+            "bash",
+            "-euc",
+            f"{mounts}; exec bash --norc -euo pipefail -s",
+        ]
+        return subprocess.run(argv, input=script, capture_output=True, text=True, errors="replace")
+
+    return run_script

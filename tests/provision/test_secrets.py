@@ -33,10 +33,9 @@ from provision.steps import (
 )
 from provision.system import system
 from tests.provision.conftest import machine_folder
-from tests.provision.test_steps import root
 from tests.sshd import Sshd, sshd
 
-__all__ = ["root", "sshd"]
+__all__ = ["sshd"]
 
 SECRET = "correct horse $battery 'staple' \\ ü"
 NEEDLE = "needle-in-the-haystack"

@@ -2,7 +2,7 @@
 
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,42 +26,7 @@ from provision.steps import (
     render_plan,
     render_probes,
 )
-
-Run = Callable[[str], subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    scratch = tmp_path / "root"
-    for folder in ("usr", "etc", "var/lib", "dev", "home", "tmp"):
-        (scratch / folder).mkdir(parents=True)
-    for name in ("bin", "sbin", "lib", "lib64"):
-        (scratch / name).symlink_to(f"usr/{name}")
-    (scratch / "etc/passwd").write_text("root:x:0:0::/root:/bin/bash\n")
-    (scratch / "etc/group").write_text("root:x:0:\nwheel:x:998:\n")
-    (scratch / "etc/shadow").write_text("root:*::::::\n")
-    (scratch / "etc/login.defs").write_text("UID_MIN 1000\nUID_MAX 60000\nGID_MIN 1000\nGID_MAX 60000\n")
-    return scratch
-
-
-@pytest.fixture
-def run(root: Path) -> Run:
-    """Runs a script as root in a mount namespace where the scratch root has this computer's /usr."""
-
-    def run_script(script: str) -> subprocess.CompletedProcess[str]:
-        mounts = f"mount --bind /usr {root}/usr; mount --bind /dev {root}/dev"
-        argv = [
-            "unshare",
-            "--mount",
-            "--propagation",
-            "private",
-            "bash",
-            "-euc",
-            f"{mounts}; exec bash --norc -euo pipefail -s",
-        ]
-        return subprocess.run(argv, input=script, capture_output=True, text=True, errors="replace")
-
-    return run_script
+from tests.provision.conftest import Run
 
 
 def plan_of(run: Run, root: Path, steps: Sequence[Step]) -> Plan:
