@@ -1,10 +1,15 @@
 """Line charts as inline SVG: no library, no script needed to see them."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
 Point = tuple[float, float]
 WIDTH, HEIGHT = 560, 260
 LEFT, RIGHT, TOP, BOTTOM = 62, 26, 12, 34
@@ -12,13 +17,42 @@ MOST_POINTS = 400  # a line; more cannot be told apart at this width
 
 
 @dataclass(frozen=True)
+class Axis:
+    """What x is. Ticks are round in `unit`, which is `size` of what the points are in."""
+
+    name: str
+    size: float = 1.0
+    unit: str = ""
+    show: Callable[[float], str] = "{:,.0f}".format
+
+
+@dataclass(frozen=True)
 class Line:
-    """`style` is a class of the page's stylesheet."""
+    """`style` is a class of the page's stylesheet. x and y are as long as each other; what is not finite is left out."""
 
     label: str
     style: str
-    points: Sequence[Point]
+    x: Floats
+    y: Floats
     dots: bool = False  # mark every point: for lines of few points
+    extremes: bool = False  # thinned to the lowest and highest of neighbours, so that no spike is lost
+
+
+STEP = Axis("step")
+
+
+def token_axis(highest: float) -> Axis:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if highest >= 2 * size:
+            return Axis("tokens", size, unit, "{:.4g}".format)
+    return Axis("tokens")
+
+
+def time_axis(highest_s: float) -> Axis:
+    for size, unit in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        if highest_s >= 2 * size:
+            return Axis("time", size, unit, "{:.4g}".format)
+    return Axis("time", 1.0, "s", "{:.4g}".format)
 
 
 def render_chart(
@@ -28,77 +62,96 @@ def render_chart(
     *,
     log: bool = False,
     show: Callable[[float], str] = "{:.4g}".format,
+    axis: Axis = STEP,
 ) -> str:
-    """A figure with axes, gridlines and a legend; x is the step. Points that are not finite are left out.
+    """A figure with axes, gridlines and a legend, "" without a point to draw. `show` formats values of y.
 
-    `show` formats values of y. With `log`, y must be above 0.
+    With `log`, y must be above 0: what is not is left out.
     """
-    drawn = [
-        Line(
-            line.label,
-            line.style,
-            thin([p for p in line.points if math.isfinite(p[1]) and (p[1] > 0 or not log)]),
-            line.dots,
-        )
-        for line in lines
-    ]
-    points = [point for line in drawn for point in line.points]
-    if not points:
+    drawn = [(line, *_reduce(line, log)) for line in lines]
+    drawn = [(line, x, y) for line, x, y in drawn if x.size]
+    if not drawn:
         return ""
-    x_high = (
-        max(x for line in lines for x, _ in line.points) or 1.0
-    )  # not that of means: charts side by side agree
-    y_low, y_high = _bounds([y for _, y in points], log)
+    # Of all points, not of means: charts side by side agree.
+    x_high = max(float(np.nanmax(line.x)) for line, _, _ in drawn) or 1.0
+    y_low, y_high = _bounds(np.concatenate([y for _, _, y in drawn]), log)
 
-    def place(point: Point) -> tuple[float, float]:
-        x = LEFT + point[0] / x_high * (WIDTH - LEFT - RIGHT)
-        low, high, y = (math.log(v) if log else v for v in (y_low, y_high, point[1]))
-        return round(x, 1), round(HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
+    def place_x(x: Floats) -> Floats:
+        return LEFT + x / x_high * (WIDTH - LEFT - RIGHT)
+
+    def place_y(y: Floats) -> Floats:
+        low, high = (math.log(y_low), math.log(y_high)) if log else (y_low, y_high)
+        return HEIGHT - BOTTOM - ((np.log(y) if log else y) - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     parts = []
     for tick in log_ticks(y_low, y_high) if log else ticks(y_low, y_high):
-        _, y = place((0.0, tick))
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        at = round(float(place_y(np.array(tick))), 1)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
         parts.append(
-            f'<text class="tick" x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{escape(show(tick))}</text>'
+            f'<text class="tick" x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{escape(show(tick))}</text>'
         )
-    for tick in ticks(0.0, x_high):
-        x, _ = place((tick, y_low))
-        parts.append(f'<text class="tick" x="{x}" y="{HEIGHT - 14}" text-anchor="middle">{tick:,.0f}</text>')
-    for line in drawn:
-        path = " ".join(f"{x},{y}" for x, y in map(place, line.points))
-        parts.append(f'<polyline class="{line.style}" points="{path}"/>')
-        for point in line.points if line.dots else ():
-            x, y = place(point)
-            tip = escape(f"{line.label}, step {point[0]:,.0f}: {show(point[1])}")
+    for tick in ticks(0.0, x_high / axis.size):
+        at = round(float(place_x(np.array(tick * axis.size))), 1)
+        label = axis.show(tick) + (f" {axis.unit}" if axis.unit and tick else "")
+        parts.append(
+            f'<text class="tick" x="{at}" y="{HEIGHT - 14}" text-anchor="middle">{escape(label)}</text>'
+        )
+    for line, x, y in drawn:
+        px, py = place_x(x).tolist(), place_y(y).tolist()
+        # A hundredth of a pixel: the script reads the values back from these.
+        path = " ".join(f"{a:.1f},{b:.2f}" for a, b in zip(px, py, strict=True))
+        parts.append(
+            f'<polyline class="{line.style}" data-label="{escape(line.label, quote=True)}" points="{path}"/>'
+        )
+        for a, b, v, w in zip(px, py, x.tolist(), y.tolist(), strict=True) if line.dots else ():
+            where = f"{axis.name} {axis.show(v / axis.size)} {axis.unit}".rstrip()
+            tip = escape(f"{line.label}, {where}: {show(w)}")
             parts.append(
-                f'<circle class="{line.style}" cx="{x}" cy="{y}" r="3.5"><title>{tip}</title></circle>'
+                f'<circle class="{line.style}" cx="{a:.1f}" cy="{b:.1f}" r="3"><title>{tip}</title></circle>'
             )
-    legend = "".join(
-        f'<span class="{line.style}">{escape(line.label)}</span>' for line in drawn if line.points
-    )
-    label = escape(f"{title} by step", quote=True)
+    legend = "".join(f'<span class="{line.style}">{escape(line.label)}</span>' for line, _, _ in drawn)
+    scale = {
+        "left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM, "width": WIDTH,
+        "x": x_high / axis.size, "low": y_low, "high": y_high, "log": log, "axis": axis.name, "unit": axis.unit,
+    }  # fmt: skip
+    label = escape(f"{title} by {axis.name}", quote=True)
     return (
         f"<figure><figcaption><b>{escape(title)}</b> {escape(unit)}<i>{legend}</i></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg></figure>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" '
+        f'data-scale="{escape(json.dumps(scale), quote=True)}">{"".join(parts)}</svg></figure>'
     )
 
 
-def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+def thin(x: Floats, y: Floats, most: int = MOST_POINTS) -> tuple[Floats, Floats]:
     """At most `most` points, each the mean of as many neighbours as the others; the ends of x stay within reach."""
-    size = max(1, math.ceil(len(points) / most))
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+    if x.size <= most:
+        return x, y
+    size = math.ceil(x.size / most)
+    starts = np.arange(0, x.size, size)
+    counts = np.diff(np.append(starts, x.size))
+    return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
 
 
-def smooth(points: Sequence[Point], window: int) -> list[Point]:
-    """The running mean of y over the last `window` points."""
-    out: list[Point] = []
-    total = 0.0
-    for i, (x, y) in enumerate(points):
-        total += y - (points[i - window][1] if i >= window else 0.0)
-        out.append((x, total / min(i + 1, window)))
-    return out
+def thin_to_extremes(x: Floats, y: Floats, most: int = MOST_POINTS) -> tuple[Floats, Floats]:
+    """At most `most` of the points: the lowest and the highest of as many neighbours, in their order."""
+    if x.size <= most:
+        return x, y
+    size = math.ceil(x.size / (most // 2))
+    full = x.size // size * size
+    groups = y[:full].reshape(-1, size)
+    begin = np.arange(0, full, size)
+    kept = np.concatenate([begin + groups.argmin(1), begin + groups.argmax(1)])
+    if full < x.size:
+        kept = np.append(kept, [full + y[full:].argmin(), full + y[full:].argmax()])
+    kept = np.unique(kept)
+    return x[kept], y[kept]
+
+
+def smooth(y: Floats, window: int) -> Floats:
+    """The running mean over the last `window` values."""
+    total = np.cumsum(y)
+    total[window:] -= total[:-window].copy()
+    return total / np.minimum(np.arange(1, y.size + 1), window)
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -118,9 +171,17 @@ def log_ticks(low: float, high: float) -> list[float]:
     return found if len(found) >= 3 else [tick for tick in ticks(low, high) if tick > 0]
 
 
-def _bounds(values: Sequence[float], log: bool) -> Point:
+def _reduce(line: Line, log: bool) -> tuple[Floats, Floats]:
+    """The points to draw of it."""
+    good = np.isfinite(line.x) & np.isfinite(line.y)
+    if log:
+        good &= np.where(good, line.y, 0.0) > 0
+    return (thin_to_extremes if line.extremes else thin)(line.x[good], line.y[good])
+
+
+def _bounds(values: Floats, log: bool) -> Point:
     """The range to draw, with a little room, never empty."""
-    low, high = min(values), max(values)
+    low, high = float(values.min()), float(values.max())
     if log:
         return (low / 1.05, high * 1.05) if high > low * 1.001 else (low / 2, high * 2)
     room = (high - low) * 0.05 or abs(high) * 0.5 or 1.0

@@ -1,105 +1,181 @@
-"""report.html: what a run did, in one file that needs nothing else, not even a script."""
+"""report.html: what a run did, or does, in one file that needs nothing else.
 
-import json
-import tomllib
-from collections.abc import Sequence
-from html import escape
-from pathlib import Path
-from typing import Any
-
-from workload.charts import Line, Point, render_chart, smooth
-from workload.metrics import Row, load_rows
-from workload.progress import format_duration
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2430; --soft: #667085; --line: #e3e7ee; --card: #ffffff; --page: #f5f6f9;
-        --a: #2f6fde; --b: #d9622b; --faint: #2f6fde55 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #2c3340; --card: #181c24; --page: #10131a;
-          --a: #6ea1ff; --b: #ff9a62; --faint: #6ea1ff55 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1240px; padding: 28px 20px 60px; background: var(--page); color: var(--ink);
-       font: 15px/1.5 system-ui, sans-serif }
-h1 { font-size: 24px; margin: 0 } h2 { font-size: 16px; margin: 34px 0 10px }
-.soft, figcaption, .tick { color: var(--soft) }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 20px 0 }
-.tile, figure, pre, table, details { background: var(--card); border: 1px solid var(--line); border-radius: 10px }
-.tile { padding: 12px 16px } .tile b { display: block; font-size: 21px; font-variant-numeric: tabular-nums }
-.tile span { color: var(--soft); font-size: 13px }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 14px }
-figure { margin: 0; padding: 12px 14px 4px } figcaption { font-size: 13px } figcaption b { color: var(--ink) }
-figcaption i { float: right; font-style: normal } figcaption i span { margin-left: 12px }
-figcaption i span::before { content: "\\25CF\\00a0" }
-svg { width: 100%; height: auto; display: block } .grid { stroke: var(--line) } .tick { font-size: 11px; fill: var(--soft) }
-polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round }
-polyline.a { stroke: var(--a) } polyline.b { stroke: var(--b) } polyline.faint { stroke: var(--faint); stroke-width: 1 }
-circle.a { fill: var(--a) } circle.b { fill: var(--b) }
-span.a { color: var(--a) } span.b { color: var(--b) } span.faint { color: var(--faint) }
-pre { padding: 14px 16px; white-space: pre-wrap; overflow-wrap: anywhere; font: 13.5px/1.5 ui-monospace, monospace }
-pre b { color: var(--a) } details { padding: 8px 16px; margin-top: 8px } details pre { border: 0; padding: 0 }
-summary { cursor: pointer }
-.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 14px; align-items: start }
-table { border-spacing: 0; width: 100%; padding: 8px 14px; font-size: 13.5px } td { padding: 2px 0; vertical-align: top }
-td + td { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: anywhere } th { text-align: left }
+While the run goes on a browser loads the page again by itself; it says when it was written and how the run stands.
 """
 
+import json
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
 
-def save_report(out: Path) -> Path:
-    """Write the report of the run in `out`, from its files alone, at once or not at all; returns its path."""
-    config = tomllib.loads((out / "config.toml").read_text(encoding="utf-8"))
-    starts = list(load_rows(out / "starts.jsonl"))
-    text = render_report(out.resolve().name, config, list(load_rows(out / "metrics.jsonl")), starts)
+import numpy as np
+
+from workload.charts import Floats, Line, render_chart, smooth
+from workload.errors import WorkloadError
+from workload.metrics import Log, Row, number, parse_row
+from workload.page import STYLE, render_page, render_time
+from workload.panel import format_duration
+
+__all__ = ["STYLE", "LiveReport", "Record", "load_record", "render_report", "save_report"]
+
+Status = Literal["at work", "stopped", "finished"]
+QUIET_S = 600.0  # a run that has written nothing for so long is not at work
+MOST_SAMPLES, MOST_EVENTS = 60, 300
+EVERY_S = 15.0  # between two reports of a run at work
+COST = 0.01  # of the time since the last one, at most
+
+
+@dataclass
+class Record:
+    """The files of a run, read."""
+
+    name: str
+    config: dict[str, Any]
+    log: Log
+    starts: list[Row]  # of starts.jsonl
+
+    def column(self, name: str) -> Floats:
+        return np.array(self.log.steps[name])
+
+
+def load_record(out: Path) -> Record:
+    """Raises WorkloadError when `out` is no run."""
+    try:
+        config = tomllib.loads((out / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WorkloadError(
+            f"{out}: cannot read config.toml, so not a run: {error}", "name a folder below runs/"
+        ) from error
+    return Record(out.resolve().name, config, Log(out / "metrics.jsonl").read(), _load_starts(out))
+
+
+def _load_starts(out: Path) -> list[Row]:
+    path = out / "starts.jsonl"
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [row for row in map(parse_row, lines) if row is not None]
+
+
+def save_report(out: Path, status: Status | None = None) -> Path:
+    """Write the report of the run in `out`, from its files alone, at once or not at all; returns its path.
+
+    status: how the run stands, where the caller knows; else it is guessed from the files.
+    """
+    return _write(out, load_record(out), status)
+
+
+def _write(out: Path, record: Record, status: Status | None) -> Path:
+    text = render_report(record, status or guess_status(out, record, time.time()), datetime.now(UTC))
     staging = out / ".report.html.partial"
     staging.write_text(text, encoding="utf-8")
     staging.replace(out / "report.html")
     return out / "report.html"
 
 
-def render_report(name: str, config: dict[str, Any], rows: Sequence[Row], starts: Sequence[Row]) -> str:
-    """The page. `rows` are those of metrics.jsonl, `starts` those of starts.jsonl."""
-    steps = [row for row in rows if row["kind"] == "step"]
-    evals = [row for row in rows if row["kind"] == "eval"]
-    environment = starts[-1]["environment"] if starts else ""
+def guess_status(out: Path, record: Record, now_s: float) -> Status:
+    """Finished when the newest checkpoint says so, at work while rows come, else stopped. now_s: as time.time()."""
+    steps = record.log.steps["step"]
+    planned = [float(record.config.get("train", {}).get("steps", np.inf))]
+    for state in sorted(out.glob("checkpoints/step-*/state.json"))[-1:]:
+        planned += [number(parse_row(state.read_bytes()) or {}, "steps")]  # fewer, when the time is limited
+    if steps and any(steps[-1] >= plan for plan in planned):
+        return "finished"
+    path = out / "metrics.jsonl"
+    return "at work" if path.exists() and now_s - path.stat().st_mtime < QUIET_S else "stopped"
+
+
+class LiveReport:
+    """The report of a run at work, written as often as costs next to nothing.
+
+    Only rows that are new are read; a report waits until EVERY_S have gone by, and a hundred times what the last one
+    took. So it never takes more than COST of the time, however long the run.
+    """
+
+    def __init__(self, out: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._out, self._clock = out, clock
+        self._record: Record | None = None
+        self._due = clock() + EVERY_S
+
+    def step(self) -> None:
+        """Write it when it is due. To be called after any step; costs a look at the clock otherwise."""
+        if self._clock() >= self._due:
+            self.save("at work")
+
+    def save(self, status: Status) -> None:
+        begun = self._clock()
+        if self._record is None:
+            self._record = load_record(self._out)
+        else:
+            self._record.log.read()
+        _write(self._out, self._record, status)
+        now = self._clock()
+        self._due = now + max(EVERY_S, (now - begun) / COST)
+
+
+def render_report(record: Record, status: Status, written: datetime) -> str:
+    """The page."""
+    log, starts = record.log, record.starts
+    environment = str(starts[-1].get("environment", "")) if starts else ""
     parts = [
-        f"<h1>{escape(name)}</h1><div class=soft>{escape(environment)}</div>",
-        _tiles(config, steps, evals, starts),
-        f'<div class="charts">{"".join(_charts(steps, evals))}</div>',
-        _samples([row for row in rows if row["kind"] == "sample"]),
-        _events(rows, starts),
+        f"<h1>{escape(record.name)}<span class='pill {'work' if status == 'at work' else status}'>{status}</span></h1>",
+        f"<div class=soft>{escape(environment)}</div><div class=soft>written {render_time(written)}</div>",
+        _tiles(record),
+        f'<div class="charts">{"".join(_charts(record))}</div>',
+        _samples(log.samples),
+        _events(record),
         "<h2>Configuration</h2><div class=tables>",
-        *(_table(section, values) for section, values in config.items()),
+        *(_table(section, values) for section, values in record.config.items() if isinstance(values, dict)),
+        *([_table("environment", starts[-1])] if starts else []),
         "</div>",
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>'
-        f'{escape(name)}</title><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
+    return render_page(record.name, "\n".join(parts), live=status == "at work")
 
 
-def _tiles(config: dict[str, Any], steps: Sequence[Row], evals: Sequence[Row], starts: Sequence[Row]) -> str:
-    tiles = []
-    if starts:
-        tiles.append((f"{starts[-1]['parameters']:,}", "parameters"))
-    if steps:
-        last = steps[-1]
-        rates = sorted(row["tokens_per_s"] for row in steps)
+def best_eval(log: Log) -> Row | None:
+    """The evaluation with the lowest validation loss."""
+    scored = [row for row in log.evals if np.isfinite(number(row, "val_loss"))]
+    return min(scored, key=lambda row: number(row, "val_loss"), default=None)
+
+
+def median(values: Floats) -> float:
+    """Of those that are finite; NaN when none is."""
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if values.size else float("nan")
+
+
+def _tiles(record: Record) -> str:
+    log, tiles = record.log, []
+    if record.starts:
+        tiles.append((f"{number(record.starts[-1], 'parameters'):,.0f}", "parameters"))
+    if log.steps["step"]:
+        step, tokens, elapsed_s = (log.steps[name][-1] for name in ("step", "tokens", "elapsed_s"))
+        asked = record.config.get("train", {}).get("steps", 0)
         tiles += [
-            (f"{last['step']:,}", f"steps of {config['train']['steps']:,} asked for"),
-            (f"{last['tokens']:,}", "tokens seen"),
-            (f"{rates[len(rates) // 2]:,.0f}", "tokens/s, median"),
-            (format_duration(last["elapsed_s"]), "time"),
+            (f"{step:,.0f}", f"steps of {asked:,} asked for"),
+            (f"{tokens:,.0f}", "tokens seen"),
+            (f"{median(record.column('tokens_per_s')):,.0f}", "tokens/s, median"),
+            (format_duration(elapsed_s), "time"),
         ]
-    if evals:
-        best = min(evals, key=lambda row: float(row["val_loss"]))
+        mfu, memory = median(record.column("mfu")), record.column("memory_bytes")
+        if np.isfinite(mfu):
+            tiles.append((f"{mfu:.1%}", "MFU, median"))
+        if np.isfinite(memory).any():
+            tiles.append((f"{np.nanmax(memory) / 1e9:.1f} GB", "GPU memory, highest"))
+    best = best_eval(log)
+    if best is not None:
+        first = log.evals[0]
         tiles += [
             (
                 f"{best['val_loss']:.4f}",
-                f"best validation loss, at step {best['step']:,}; {evals[0]['val_loss']:.4f} at first",
+                f"best validation loss, at step {best['step']:,}; {number(first, 'val_loss'):.4f} at first",
             ),
             (
-                f"{best['val_bits_per_byte']:.4f}",
-                f"bits per byte; {evals[0]['val_bits_per_byte']:.4f} at first",
+                f"{number(best, 'val_bits_per_byte'):.4f}",
+                f"bits per byte; {number(first, 'val_bits_per_byte'):.4f} at first",
             ),
         ]
     cells = "".join(
@@ -108,30 +184,51 @@ def _tiles(config: dict[str, Any], steps: Sequence[Row], evals: Sequence[Row], s
     return f"<div class=tiles>{cells}</div>"
 
 
-def _charts(steps: Sequence[Row], evals: Sequence[Row]) -> list[str]:
-    def points(rows: Sequence[Row], key: str) -> list[Point]:
-        return [(row["step"], row[key]) for row in rows if row[key] is not None]
+def points(rows: Sequence[Row], key: str) -> tuple[Floats, Floats]:
+    """(step, value) of rows."""
+    return np.array([number(row, "step") for row in rows]), np.array([number(row, key) for row in rows])
 
-    losses, rates = points(steps, "loss"), points(steps, "tokens_per_s")
-    window = max(5, len(steps) // 50)
+
+def smooth_column(x: Floats, y: Floats, window: int = 0) -> tuple[Floats, Floats]:
+    """The running mean of what is finite; over a fiftieth of it when no window is given."""
+    good = np.isfinite(y)
+    x, y = x[good], y[good]
+    return x, smooth(y, window or max(5, x.size // 50))
+
+
+def _charts(record: Record) -> list[str]:
+    log, steps = record.log, record.column("step")
+
+    def each(name: str, scale: float = 1.0) -> list[Line]:
+        y = record.column(name) * scale
+        return [
+            Line("each step", "faint", steps, y, extremes=True),
+            Line("mean", "a", *smooth_column(steps, y)),
+        ]
+
     loss = [
-        Line("each step", "faint", losses),
-        Line("training", "a", smooth(losses, window)),
-        Line("validation", "b", points(evals, "val_loss"), dots=True),
+        Line("each step", "faint", steps, record.column("loss"), extremes=True),
+        Line("training", "a", *smooth_column(steps, record.column("loss"))),
+        Line("validation", "b", *points(log.evals, "val_loss"), dots=True),
     ]
-    bits = [Line("validation", "b", points(evals, "val_bits_per_byte"), dots=True)]
+    bits = [Line("validation", "b", *points(log.evals, "val_bits_per_byte"), dots=True)]
+    whole = "{:,.0f}".format
     return [
         render_chart("Loss", "nats a token", loss, log=True),
         render_chart("Bits per byte", "of text", bits, log=True),
-        render_chart("Learning rate", "", [Line("AdamW", "a", points(steps, "lr"))], show="{:.1e}".format),
         render_chart(
-            "Gradient norm", "before clipping", [Line("each step", "a", points(steps, "grad_norm"))], log=True
+            "Learning rate", "", [Line("lr", "a", steps, record.column("lr"))], show="{:.1e}".format
         ),
-        render_chart(
-            "Speed",
-            "tokens/s",
-            [Line("each step", "faint", rates), Line("mean", "a", smooth(rates, window))],
-            show="{:,.0f}".format,
+        render_chart("Gradient norm", "before clipping", each("grad_norm"), log=True),
+        render_chart("Speed", "tokens/s", each("tokens_per_s"), show=whole),
+        render_chart("MFU", "% of the device's peak", each("mfu", 100.0)),
+        *(
+            render_chart(title, unit, [Line(title, "a", steps, record.column(name) * scale)])
+            for title, unit, name, scale in (
+                ("GPU memory", "GB in use", "memory_bytes", 1e-9),
+                ("GPU temperature", "°C", "temperature_c", 1.0),
+                ("GPU power", "W", "power_w", 1.0),
+            )
         ),
     ]
 
@@ -142,25 +239,44 @@ def _samples(samples: Sequence[Row]) -> str:
         return ""
 
     def text(row: Row) -> str:
-        return f"<pre><b>{escape(row['prompt'])}</b>{escape(row['text'])}</pre>"
+        return f"<pre><b>{escape(str(row.get('prompt', '')))}</b>{escape(str(row.get('text', '')))}</pre>"
 
     *older, newest = samples
+    if len(older) > MOST_SAMPLES:  # of a long run, some at equal distances
+        older = [older[i * len(older) // MOST_SAMPLES] for i in range(MOST_SAMPLES)]
     folded = [
         f"<details><summary>step {row['step']:,}</summary>{text(row)}</details>" for row in reversed(older)
     ]
     return f"<h2>Sample after step {newest['step']:,}</h2>{text(newest)}{''.join(folded)}"
 
 
-def _events(rows: Sequence[Row], starts: Sequence[Row]) -> str:
-    """What was out of the ordinary: events, and starts after the first."""
-    lines = [f"step {row['step']:,}: {row['text']}" for row in rows if row["kind"] == "event"]
-    lines += [f"step {row['from_step']:,}: resumed on {row['environment']}" for row in starts[1:]]
+def _events(record: Record) -> str:
+    """What was out of the ordinary: events, starts after the first, and what of the log is not as it should be."""
+    log = record.log
+    events = [(number(row, "step"), str(row.get("text", ""))) for row in log.events]
+    events += [
+        (number(row, "from_step"), f"resumed on {row.get('environment', '')}") for row in record.starts[1:]
+    ]
+    events.sort(key=lambda event: event[0])
+    lines = [f"step {step:,.0f}: {text}" for step, text in events]
+    if len(lines) > MOST_EVENTS:
+        lines = [f"({len(lines) - MOST_EVENTS:,} more before these)", *lines[-MOST_EVENTS:]]
+    bad = record.column("step")[~np.isfinite(record.column("loss"))]
+    if bad.size:
+        lines.append(
+            f"{bad.size:,} step{'s' * (bad.size > 1)} without a finite loss, the first is step {bad[0]:,.0f}"
+        )
+    if log.damaged:
+        where = ", ".join(map(str, log.damaged[:5])) + (" …" if len(log.damaged) > 5 else "")
+        lines.append(
+            f"metrics.jsonl: lines that cannot be read and are left out, {len(log.damaged):,}: {where}"
+        )
     return f"<h2>Events</h2><pre>{escape(chr(10).join(lines))}</pre>" if lines else ""
 
 
-def _table(title: str, values: dict[str, Any]) -> str:
+def _table(title: str, values: Mapping[str, Any]) -> str:
     cells = "".join(
-        f"<tr><td>{escape(key)}<td>{escape(json.dumps(value, ensure_ascii=False))}"
+        f"<tr><td>{escape(key)}<td>{escape(json.dumps(value, ensure_ascii=False, default=str))}"
         for key, value in values.items()
     )
     return f"<table><tr><th colspan=2>{escape(title)}{cells}</table>"
