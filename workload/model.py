@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workload.config import ModelConfig
+from workload.products import Linear, linear, linear_cross_entropy
 
 
 class Cache:
@@ -51,8 +52,8 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """x (B, T, C) → (B, T, C); a token sees itself and those before it."""
@@ -80,8 +81,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.approximate = "tanh" if config.gelu_tanh else "none"
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
@@ -151,19 +152,22 @@ class GPT2(nn.Module):
             cache.length += T
         return self.ln_f(x)  # type: ignore[no-any-return]
 
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C): the head's own matrix, or the token embedding that it is tied to."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
     def head(self, x: Tensor) -> Tensor:
         """x (…, C) → logits (…, V)."""
-        return F.linear(x, self.wte.weight if self.lm_head is None else self.lm_head.weight)
+        return linear(x, self.head_weight, None)
 
     def loss(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross entropy in nats of targets (B, T), each the token after its place in ids (B, T).
 
-        reduction "mean" → one number; "none" → (B·T,).
+        reduction "mean" → one number; "none" → (B·T,), without a gradient. The logits never exist as a whole.
         """
-        logits = self(ids)
-        return F.cross_entropy(
-            logits.float().view(-1, logits.size(-1)), targets.reshape(-1), reduction=reduction
-        )
+        x = self.hidden(ids)
+        return linear_cross_entropy(x.view(-1, x.size(-1)), self.head_weight, targets.reshape(-1), reduction)
 
 
 def count_parameters(model: nn.Module) -> int:
