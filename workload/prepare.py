@@ -1,178 +1,561 @@
-"""Text files to token shards: ``python -m workload prepare FILE|FOLDER --out DIR``.
+"""Text to token shards: ``python -m workload prepare SOURCE --out DIR``.
 
-The end of every text becomes validation, the rest training, cut between two lines; no token is in both. The folder
-is staged beside its place and renamed, so it is complete or does not exist.
+Pieces of the source (see sources.py) become tokens in as many processes as there are cores, and are written in
+their order by this one. ``.DIR.partial`` beside DIR holds what is finished, so the same command goes on after
+anything: Ctrl-C, kill -9, a full disk, a network that is gone. It becomes DIR by a rename, so DIR is complete or
+does not exist, and is byte for byte what an uninterrupted command would have made.
+
+    request.json   what was asked for, and of which files; a command that asks for something else does not go on
+    journal.json   (unit, piece) that comes next, and what of the shards is safe; replaced about once a second
+    downloads/     files of the hub that are in use
+
+Every document is followed by end-of-text. (llm.c writes it before each: the stream is the same but for its first and
+last token.) A text is cut in two at the place where validation begins; both parts are followed by end-of-text.
 """
 
+import fcntl
 import hashlib
 import json
-import lzma
+import multiprocessing
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from importlib import resources
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from workload.data import META, load_meta, render_header
+from workload import hub
+from workload.config import TOKENIZERS
+from workload.data import META, list_token_files, load_meta, load_tensor
 from workload.errors import WorkloadError
-from workload.tokenizer import Tokenizer, load_tokenizer
+from workload.shards import (
+    SHARD_TOKENS,
+    Progress,
+    ShardWriter,
+    check_folder,
+    check_progress,
+    describe_shards,
+    full_disk_is_readable,
+    save_json,
+    sync_folder,
+)
+from workload.sources import (
+    PIECE_BYTES,
+    Piece,
+    Segment,
+    Source,
+    SourceFile,
+    chunks,
+    is_by_document,
+    open_local,
+    plan,
+    read_piece,
+)
+from workload.tokenizer import count_bytes, load_tokenizer
 
-SHARD_TOKENS = 100_000_000  # llm.c's; 200 MB
 CHUNK_CHARS = 1 << 18  # text handed to the tokenizer at once
-Texts = Iterable[tuple[str, str]]  # (name, text)
+REQUEST, JOURNAL, DOWNLOADS = "request.json", "journal.json", "downloads"
+FORMAT = 1  # of request.json and journal.json: another one begins again
+JOURNAL_S = 1.0  # between two journals: what a kill costs
+SPLITS = ("train", "val")
+Array = npt.NDArray[np.uint16]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What decides the tokens, besides the files."""
+
+    source: str
+    tokenizer: str
+    val_fraction: float
+    tokens: int = 0  # of train at most, and of val in proportion; 0: all
+    column: str = "text"
+    piece_bytes: int = PIECE_BYTES
+    shard_tokens: int = SHARD_TOKENS
+
+    def limit(self, split: str) -> int:
+        """Tokens that a split may have."""
+        if not self.tokens:
+            return sys.maxsize
+        return (
+            self.tokens
+            if split == "train"
+            else int(self.tokens * self.val_fraction / (1 - self.val_fraction))
+        )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How far it is, for a person."""
+
+    fraction: float  # of all that will be read
+    tokens: int  # written, in all
+    new: int  # of these by this command
+    resumed: float  # the fraction with which this command began
+
+
+@dataclass
+class Encoded:
+    """A piece as tokens, by split."""
+
+    tokens: dict[str, Array]
+    n_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # of text, in UTF-8
+    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # that end in it
+    bad: int = 0  # rows left out because they had no text
+    empty: int = 0  # rows of no characters
 
 
 def prepare(
-    source: str, out: Path, *, tokenizer: str, val_fraction: float, threads: int = 1
-) -> dict[str, object]:
-    """Make the folder `out` from "demo", a text file or a folder of them; returns its meta.json."""
-    if out.exists() and any(out.iterdir()):
-        raise WorkloadError(f"{out} exists and is not empty", "name another --out, or remove it")
+    source: str,
+    out: Path,
+    *,
+    tokenizer: str,
+    val_fraction: float,
+    threads: int = 1,
+    tokens: int = 0,
+    column: str = "text",
+    skip_bad: bool = False,
+    piece_bytes: int = PIECE_BYTES,
+    shard_tokens: int = SHARD_TOKENS,
+    journal_s: float = JOURNAL_S,
+    note: Callable[[str], None] = lambda text: None,
+    watch: Callable[[Seen], None] = lambda seen: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Make the folder `out` from a source, or go on making it; returns its meta.json.
+
+    A folder that the same request made is looked at and left. Raises WorkloadError for what a person must do.
+    """
+    if tokens < 0 or not 0 < val_fraction < 1:
+        raise WorkloadError(
+            f"--tokens {tokens} --val-fraction {val_fraction}: a count and a fraction between 0 and 1 are needed"
+        )
+    request = Request(source, tokenizer, val_fraction, tokens, column, piece_bytes, shard_tokens)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        return _look_at_finished(request, out, note)
     staging = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    meta = write_splits(load_texts(source), staging, load_tokenizer(tokenizer), val_fraction, threads)
-    for split in ("train", "val"):
-        if not meta[f"{split}_tokens"]:
-            raise WorkloadError(
-                f"{source}: no text for the {split} split", "give more text, or another val_fraction"
-            )
-    with (staging / META).open("w", encoding="utf-8") as file:
-        json.dump({"source": source, **meta}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    if out.exists():
-        out.rmdir()
-    staging.rename(out)
-    return meta
+    with full_disk_is_readable(staging):
+        staging.mkdir(parents=True, exist_ok=True)
+        with _only_one(staging):
+            if not (staging / META).exists():
+                opened = _begin_or_go_on(request, staging, note)
+                meta = _Preparation(request, opened, staging, skip_bad, threads, journal_s).run(
+                    note, watch, should_stop
+                )
+                save_json(staging / META, meta)
+            return _finish(staging, out)
 
 
 def find_shards(source: str, cache: Path, *, tokenizer: str, val_fraction: float, threads: int = 1) -> Path:
-    """The folder of shards that a run with data.source = `source` reads, made as `cache` when it is text."""
+    """The folder of tokens that a run with data.source = `source` reads, made as `cache` when it is text; checked."""
     folder = Path(source).expanduser()
-    is_prepared = source != "demo" and folder.is_dir() and any(folder.glob("*.bin"))
+    is_prepared = source != "demo" and folder.is_dir() and any(list_token_files(folder).values())
     if not is_prepared:
+        if hub.is_named(source):
+            raise WorkloadError(
+                f"data.source = {source} must be downloaded first",
+                f"python -m workload prepare {source} --out data/NAME, then --set data.source=data/NAME",
+            )
         if not (cache / META).exists():
             prepare(source, cache, tokenizer=tokenizer, val_fraction=val_fraction, threads=threads)
         folder = cache
-    # A folder without meta.json is llm.c's, whose tokens are GPT-2's.
+    # A folder without meta.json is llm.c's or nanoGPT's, whose tokens are GPT-2's.
     made_by = load_meta(folder).get("tokenizer") if (folder / META).exists() else "gpt2"
     if made_by != tokenizer:
         raise WorkloadError(
             f"{folder} holds tokens of {made_by}, but the run's tokenizer is {tokenizer}",
             f"add --set data.tokenizer={made_by}, or prepare the text again",
         )
+    check_folder(folder, TOKENIZERS[tokenizer])
     return folder
 
 
-def load_texts(source: str) -> Iterator[tuple[str, str]]:
-    """("name", text) of the plays in the package, a file, or every .txt and .md below a folder in order of path."""
-    if source == "demo":
-        plays = lzma.decompress(
-            (resources.files("workload") / "assets" / "plays.txt.xz").read_bytes()
-        ).decode("ascii")
-        yield from ((play.partition("\n")[0], play) for play in plays.split("\f"))
-        return
-    path = Path(source).expanduser()
-    if not path.exists():
+def _look_at_finished(request: Request, out: Path, note: Callable[[str], None]) -> dict[str, Any]:
+    made = load_meta(out).get("request") if (out / META).exists() else None
+    if made != asdict(request):
+        raise WorkloadError(f"{out} exists and is not empty", "name another --out, or remove it")
+    check_folder(out, TOKENIZERS[request.tokenizer])
+    note(f"{out} is complete already; --verify reads all of it")
+    return load_meta(out)
+
+
+@contextmanager
+def _only_one(staging: Path) -> Iterator[None]:
+    """Hold the folder against a second command; the lock goes with the process, however it ends."""
+    descriptor = os.open(staging, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
         raise WorkloadError(
-            f"{source}: there is no such file or folder", 'data.source is "demo", a file or a folder'
+            f"{staging}: another command is at work there", "wait for it, or name another --out"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _begin_or_go_on(request: Request, staging: Path, note: Callable[[str], None]) -> Source:
+    """The source, as request.json has it when there is a journal to go on from."""
+    asked = {"format": FORMAT, "request": asdict(request)}
+    begun = _load_json(staging / REQUEST) if (staging / REQUEST).exists() else {}
+    if begun.get("format") == FORMAT:
+        was = begun["request"]
+        differences = [
+            f"{key} {was[key]} → {value}" for key, value in asdict(request).items() if was[key] != value
+        ]
+        files = tuple(SourceFile(*entry) for entry in begun["files"])
+        if differences and (staging / JOURNAL).exists():
+            raise WorkloadError(
+                f"{staging} was begun with other settings: {', '.join(differences)}",
+                f"go on with the same, or begin again: rm -r {staging}",
+            )
+        if not differences and begun["repository"]:
+            # The commit that it was begun with, whatever the branch is now; and no network to list it.
+            by_document, revision = is_by_document(files), begun["revision"]
+            return Source(
+                request.source, files, by_document, repository=begun["repository"], revision=revision
+            )
+        if not differences:
+            source = open_local(request.source)
+            if source.files == files:
+                return source
+            note(f"{request.source} has changed since: beginning again")
+    for path in staging.iterdir():
+        if path.is_file():  # downloads are what their names say, whoever asked for them
+            path.unlink()
+    source = (
+        hub.open_hub(request.source, staging / DOWNLOADS)
+        if hub.is_named(request.source)
+        else open_local(request.source)
+    )
+    if source.files:
+        files_table = [[file.name, file.size, file.stamp] for file in source.files]
+        save_json(
+            staging / REQUEST,
+            {**asked, "repository": source.repository, "revision": source.revision, "files": files_table},
         )
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md"))
-    if not files:
-        raise WorkloadError(f"{source}: no .txt or .md file in it")
-    for file in files:
+    return source
+
+
+def _finish(staging: Path, out: Path) -> dict[str, Any]:
+    """Only shards and meta.json stay, under the name that was asked for."""
+    shutil.rmtree(staging / DOWNLOADS, ignore_errors=True)
+    for name in (REQUEST, JOURNAL):
+        (staging / name).unlink(missing_ok=True)
+    sync_folder(staging)
+    if out.exists():
+        out.rmdir()
+    staging.rename(out)
+    sync_folder(out.parent)
+    return load_meta(out)
+
+
+class _Preparation:
+    """One command's work on a folder."""
+
+    def __init__(
+        self, request: Request, source: Source, staging: Path, skip_bad: bool, threads: int, journal_s: float
+    ) -> None:
+        self.request, self.source, self.staging, self.skip_bad = request, source, staging, skip_bad
+        self.threads, self.journal_s = max(1, threads), journal_s
+        self.units = source.units(request.piece_bytes)
+        self.unit = self.piece = 0  # what comes next
+        self.counts: dict[str, int] = dict.fromkeys(
+            ("train_bytes", "val_bytes", "train_documents", "val_documents", "skipped", "empty"), 0
+        )
+        progress: dict[str, Progress] = {split: Progress() for split in SPLITS}
+        if (staging / JOURNAL).exists():
+            journal = _load_json(staging / JOURNAL)
+            self.unit, self.piece, self.counts = journal["unit"], journal["piece"], journal["counts"]
+            progress = {split: Progress.parse(journal["splits"][split]) for split in SPLITS}
+        self.resumed = sum(p.total for p in progress.values()) > 0
+        for split in SPLITS:
+            check_progress(staging, split, progress[split])
+        self.writers = {
+            split: ShardWriter(staging, split, request.shard_tokens, progress[split]) for split in SPLITS
+        }
+
+    def run(
+        self, note: Callable[[str], None], watch: Callable[[Seen], None], should_stop: Callable[[], bool]
+    ) -> dict[str, Any]:
+        if self.resumed:
+            note(f"going on from {self._all():,} tokens, which are as they were written")
+        results = self._results()
+        written, had = time.monotonic(), self._all()
+        begun_at: float | None = None
         try:
-            yield file.name, file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise WorkloadError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+            for fraction, encoded in results:
+                begun_at = fraction if begun_at is None else begun_at
+                self._write(encoded)
+                tokens = self._all()
+                watch(Seen(self._fraction(fraction), tokens, tokens - had, begun_at))
+                if self._is_full():
+                    break
+                if self.source.files and should_stop():
+                    self._save_journal()
+                    raise WorkloadError(
+                        f"stopped after {self._all():,} tokens, which are kept",
+                        "the same command goes on",
+                    )
+                # The demo's only piece needs no journal: there is nothing to go on with after it.
+                if self.source.files and time.monotonic() - written >= self.journal_s:
+                    self._save_journal()
+                    written = time.monotonic()
+            return self._close()
+        finally:
+            results.close()
+            for writer in self.writers.values():
+                writer.abandon()
+
+    def _all(self) -> int:
+        return sum(self._total(split) for split in SPLITS)
+
+    def _total(self, split: str) -> int:
+        return self.writers[split].progress.total
+
+    def _fraction(self, read: float) -> float:
+        return max(read, self._total("train") / self.request.tokens) if self.request.tokens else read
+
+    def _is_full(self, split: str | None = None) -> bool:
+        """Whether --tokens are there: of documents those to train on, of texts, whose ends come last, both."""
+        if split is None:
+            return self._is_full("train") and (self.source.by_document or self._is_full("val"))
+        return self._total(split) >= self.request.limit(split)
+
+    def _write(self, encoded: Encoded) -> None:
+        for split in SPLITS:
+            tokens, room = encoded.tokens[split], self.request.limit(split) - self._total(split)
+            n_bytes, documents = encoded.n_bytes[split], encoded.documents[split]
+            if tokens.size > room:
+                tokenizer = load_tokenizer(self.request.tokenizer)
+                tokens = tokens[:room]
+                n_bytes = int(np.array(count_bytes(tokenizer))[tokens].sum())
+                documents = int((tokens == tokenizer.eot).sum())
+            self.writers[split].add(tokens)
+            self.counts[f"{split}_bytes"] += n_bytes
+            self.counts[f"{split}_documents"] += documents
+        self.counts["skipped"] += encoded.bad
+        self.counts["empty"] += encoded.empty
+
+    def _save_journal(self) -> None:
+        splits = {split: asdict(writer.sync()) for split, writer in self.writers.items()}
+        save_json(
+            self.staging / JOURNAL,
+            {"unit": self.unit, "piece": self.piece, "counts": self.counts, "splits": splits},
+        )
+        for file in (file for unit in self.units[: self.unit] for file in unit):
+            if self.source.repository:
+                hub.forget(self.staging / DOWNLOADS, file)
+
+    def _close(self) -> dict[str, Any]:
+        request, progress = self.request, {split: writer.close() for split, writer in self.writers.items()}
+        for split in SPLITS:
+            if not progress[split].total:
+                shutil.rmtree(self.staging)
+                hint = "give more text, or another --val-fraction"
+                read = f"; {self.counts['skipped']} rows had none" if self.counts["skipped"] else ""
+                raise WorkloadError(f"{request.source}: no text for the {split} split{read}", hint)
+        shards = {
+            name: about for split in SPLITS for name, about in describe_shards(split, progress[split]).items()
+        }
+        files = [[file.name, file.size, file.stamp] for file in self.source.files]
+        return {
+            "source": request.source,
+            "repository": self.source.repository,
+            "revision": self.source.revision,
+            "files_sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+            "tokenizer": request.tokenizer,
+            "split_by": "document" if self.source.by_document else "place in the text",
+            **{f"{split}_tokens": progress[split].total for split in SPLITS},
+            **self.counts,
+            "shards": shards,
+            "request": asdict(request),
+        }
+
+    def _results(self) -> Generator[tuple[float, Encoded], None, None]:
+        """(fraction of the source read before it, tokens) of every piece that is left, in order.
+
+        Sets `unit` and `piece` to what comes after it.
+        """
+        with closing(self._pieces()) as pieces:
+            if self.threads > 1 and self.source.n_bytes >= 2 * self.request.piece_bytes:
+                yield from self._results_of_processes(pieces)
+                return
+            for at in pieces:
+                if at is not None:
+                    encoded = encode_piece(at.piece, self.request, self.skip_bad, self.threads)
+                    self.unit, self.piece = at.unit, at.number + 1
+                    yield at.fraction, encoded
+
+    def _results_of_processes(
+        self, pieces: "Iterator[_At | None]"
+    ) -> Generator[tuple[float, Encoded], None, None]:
+        # Spawned: a fork would copy the locks of other threads as they happen to be.
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(self.threads, context, _begin_worker)
+        waiting: deque[tuple[_At, Future[Encoded]]] = deque()
+        try:
+            for at in pieces:
+                if at is not None:
+                    future = pool.submit(encode_piece, at.piece, self.request, self.skip_bad)
+                    waiting.append((at, future))
+                # None: the next file is still on its way. What is finished is written meanwhile.
+                while waiting and (at is None or len(waiting) > 2 * self.threads):
+                    yield self._next(waiting)
+            while waiting:
+                yield self._next(waiting)
+        except BrokenProcessPool as error:
+            raise WorkloadError(
+                "a process that was making tokens has ended: perhaps memory was short",
+                "the same command goes on; --workers 1 needs least memory",
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _next(self, waiting: "deque[tuple[_At, Future[Encoded]]]") -> tuple[float, Encoded]:
+        at, future = waiting.popleft()
+        encoded = future.result()
+        self.unit, self.piece = at.unit, at.number + 1
+        return at.fraction, encoded
+
+    def _is_needless(self, piece: Piece) -> bool:
+        """Whether all of it is for a split that has its --tokens; the writer would leave it out."""
+        return bool(self.request.tokens) and all(s.split and self._is_full(s.split) for s in piece)
+
+    def _pieces(self) -> "Generator[_At | None, None, None]":
+        """The pieces from (unit, piece) on; None before a unit whose files are still being downloaded."""
+        request, first, skip = self.request, self.unit, self.piece
+        eot = load_tokenizer(request.tokenizer).eot
+        total = max(1, self.source.n_bytes)
+        before = sum(file.size for unit in self.units[:first] for file in unit)
+        with hub.Fetcher(self.source, self.units, self.staging / DOWNLOADS, first) as fetcher:
+            for unit in range(first, len(self.units)):
+                if not fetcher.is_ready(unit):
+                    yield None
+                paths = fetcher.wait(unit)
+                planned = list(
+                    plan(
+                        self.source,
+                        paths,
+                        val_fraction=request.val_fraction,
+                        column=request.column,
+                        eot=eot,
+                        piece_bytes=request.piece_bytes,
+                    )
+                )
+                size = sum(file.size for file in self.units[unit])
+                weights = np.cumsum([0, *(sum(s.weight for s in piece) for piece in planned)])
+                for number, piece in enumerate(planned):
+                    if (unit > first or number >= skip) and not self._is_needless(piece):
+                        share = weights[number] / max(1, weights[-1])
+                        yield _At(unit, number, piece, (before + size * float(share)) / total)
+                before += size
 
 
-def write_splits(
-    texts: Texts, folder: Path, tokenizer: Tokenizer, val_fraction: float, threads: int
-) -> dict[str, object]:
-    """Write train_*.bin and val_*.bin; returns what meta.json says of them. Every text ends with end-of-text."""
-    writers = {split: ShardWriter(folder, split) for split in ("train", "val")}
-    sizes = {"train_bytes": 0, "val_bytes": 0}
-    digest = hashlib.sha256()
-    for _, text in texts:
-        digest.update(text.encode("utf-8"))
-        for split, part in zip(("train", "val"), split_text(text, val_fraction), strict=True):
-            if not part:
-                continue
-            sizes[f"{split}_bytes"] += len(part.encode("utf-8"))
-            for tokens in tokenizer.encode_all(list(chunks(part)), threads):
-                writers[split].add(tokens)
-            writers[split].add([tokenizer.eot])
-    totals = {f"{split}_tokens": writer.close() for split, writer in writers.items()}
-    return {"tokenizer": tokenizer.name, **totals, **sizes, "text_sha256": digest.hexdigest()}
+@dataclass(frozen=True)
+class _At:
+    unit: int
+    number: int
+    piece: Piece
+    fraction: float  # of the source's bytes that come before it
 
 
-def split_text(text: str, val_fraction: float) -> tuple[str, str]:
-    """(train, val): the last `val_fraction` of the characters, from the beginning of a line."""
-    at = round(len(text) * (1 - val_fraction))
-    line = text.rfind("\n", 0, at) + 1
-    return text[: line or at], text[line or at :]
+def encode_piece(piece: Piece, request: Request, skip_bad: bool, threads: int = 1) -> Encoded:
+    """The tokens of a piece; a pure function of the piece and its files."""
+    tokenizer = load_tokenizer(request.tokenizer)
+    end = np.array([tokenizer.eot], dtype=np.uint16)
+    parts: dict[str, list[Array]] = {split: [] for split in SPLITS}
+    encoded = no_tokens()
+    for segment in (s for s in piece if s.kind == "tokens"):
+        assert segment.split is not None
+        parts[segment.split].append(_copy_tokens(segment, tokenizer.eot))
+    batch: list[tuple[str, str, bool]] = []  # (split, text, whether a document ends with it)
 
-
-def chunks(text: str, size: int = CHUNK_CHARS) -> Iterator[str]:
-    """Pieces of about `size` characters whose tokens, one after another, are those of the whole text.
-
-    GPT-2's pattern always cuts before the newline that begins a line, so a piece may begin there; a newline among
-    other spaces may be inside a token.
-    """
-    begin = 0
-    while len(text) - begin > size:
-        end = begin + size
-        while end < len(text) - 1 and not (
-            text[end] == "\n" and not text[end - 1].isspace() and not text[end + 1].isspace()
+    def flush() -> None:
+        for (split, _, ends), tokens in zip(
+            batch, tokenizer.encode_all([text for _, text, _ in batch], threads), strict=True
         ):
-            end += 1
-        if end >= len(text) - 1:
-            break
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
+            parts[split].append(np.array(tokens, dtype=np.uint16))
+            if ends:
+                parts[split].append(end)
+        batch.clear()
+
+    others = tuple(s for s in piece if s.kind != "tokens")
+    chars = 0
+    for text in read_piece(
+        others, val_fraction=request.val_fraction, column=request.column, skip_bad=skip_bad
+    ):
+        if isinstance(text, str):
+            encoded.bad += text == "bad"
+            encoded.empty += text == "empty"
+            continue
+        encoded.n_bytes[text.split] += text.n_bytes
+        encoded.documents[text.split] += text.ends and bool(text.text)
+        *firsts, last = chunks(text.text, CHUNK_CHARS)
+        batch += [(text.split, part, False) for part in firsts]
+        if last:
+            batch.append((text.split, last, text.ends))
+        chars += len(text.text)
+        if chars > CHUNK_CHARS * 4 * threads:
+            flush()
+            chars = 0
+    flush()
+    none = np.zeros(0, dtype=np.uint16)
+    encoded.tokens = {split: np.concatenate([none, *parts[split]]) for split in SPLITS}
+    for split in SPLITS:
+        if any(s.kind == "tokens" for s in piece):
+            lengths = np.array(count_bytes(tokenizer))
+            encoded.n_bytes[split] = int(lengths[encoded.tokens[split]].sum())
+            encoded.documents[split] = int((encoded.tokens[split] == tokenizer.eot).sum())
+    return encoded
 
 
-class ShardWriter:
-    """Tokens into ``SPLIT_000000.bin …`` of at most `limit` tokens each; headers are written when a shard is full."""
+def no_tokens() -> Encoded:
+    return Encoded({split: np.zeros(0, dtype=np.uint16) for split in SPLITS})
 
-    def __init__(self, folder: Path, split: str, limit: int = SHARD_TOKENS) -> None:
-        self._folder, self._split, self._limit = folder, split, limit
-        self._file: BinaryIO | None = None
-        self._in_shard = self._shards = self._total = 0
 
-    def add(self, tokens: list[int]) -> None:
-        rest = np.array(tokens, dtype="<u2")
-        while rest.size:
-            if self._file is None:
-                self._file = (self._folder / f"{self._split}_{self._shards:06d}.bin").open("wb")
-                self._file.write(render_header(0))
-            now = rest[: self._limit - self._in_shard]
-            self._file.write(now.tobytes())
-            self._in_shard += now.size
-            rest = rest[now.size :]
-            if self._in_shard == self._limit:
-                self._finish()
+def _copy_tokens(segment: Segment, eot: int) -> Array:
+    tokens = np.asarray(load_tensor(segment.path)[segment.begin : segment.end])
+    outside = (tokens < 0) | (tokens > eot)
+    if outside.any():
+        at = int(np.argmax(outside))
+        raise WorkloadError(
+            f"{segment.path}: token {tokens[at]} at position {segment.begin + at}; the vocabulary has 0 … {eot}",
+            "the tokens are of another tokenizer, or padded: make them again from the text",
+        )
+    return tokens.astype(np.uint16)
 
-    def close(self) -> int:
-        """Finish the last shard; returns the number of tokens written in all."""
-        self._finish()
-        return self._total
 
-    def _finish(self) -> None:
-        if self._file is None:
-            return
-        self._file.seek(0)
-        self._file.write(render_header(self._in_shard))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        self._total += self._in_shard
-        self._shards += 1
-        self._in_shard = 0
+def _begin_worker() -> None:
+    """Ctrl-C is for the first process; and none of these stays when that one is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(table, dict)
+        return table
+    except (OSError, ValueError, AssertionError) as error:
+        raise WorkloadError(
+            f"{path}: cannot be read: {error}", f"begin again: rm -r {path.parent}"
+        ) from error

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from workload import tokenizer as module
 from workload.errors import WorkloadError
-from workload.prepare import load_texts
+from workload.sources import load_plays
 from workload.tokenizer import count_bytes, decode, load_merges, load_tokenizer, parse_merges
 
 # What of Unicode a play does not have.
@@ -59,7 +59,7 @@ def slow_encode(text: str) -> list[int]:
 
 
 def test_tokens_are_those_of_a_plain_implementation_on_all_plays() -> None:
-    text = "\n".join(play for _, play in load_texts("demo")) + ODDITIES * 20
+    text = "\n".join(load_plays()) + ODDITIES * 20
     assert len(text) > 1_000_000
     tokens = load_tokenizer("gpt2").encode(text)
     assert tokens == slow_encode(text)
@@ -77,7 +77,7 @@ def test_tokens_are_those_of_the_tokenizers_library_on_all_plays() -> None:
     theirs = tokenizers.ByteLevelBPETokenizer(
         vocab=vocabulary, merges=[tuple(line.split()) for line in lines]
     )
-    text = "\n".join(play for _, play in load_texts("demo")) + ODDITIES.replace("<|endoftext|>", "") * 20
+    text = "\n".join(load_plays()) + ODDITIES.replace("<|endoftext|>", "") * 20
     assert load_tokenizer("gpt2").encode(text) == theirs.encode(text).ids
 
 
