@@ -1,5 +1,6 @@
 """What a run will need, said before the long haul: disk before the first step, time once the pace is known."""
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +33,21 @@ def count_kept(train: TrainConfig, steps: int) -> int:
 
 def measure_disk(folder: Path, train: TrainConfig, steps: int, *, checkpoint_bytes: int) -> Disk:
     """`folder` holds the checkpoints, or will: what they take already counts as free."""
-    taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    taken = sum(_size(Path(parent, name)) for parent, _, names in os.walk(folder) for name in names)
     there = next(path for path in (folder, *folder.parents) if path.exists())
     return Disk(
         checkpoint_bytes=checkpoint_bytes + SMALL_FILES_BYTES,
         most=count_kept(train, steps),
         free_bytes=shutil.disk_usage(there).free + taken,
     )
+
+
+def _size(path: Path) -> int:
+    """Bytes; 0 for what was pruned in the meantime."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def check_disk(folder: Path, disk: Disk) -> None:

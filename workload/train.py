@@ -5,10 +5,12 @@ RUN/metrics.jsonl   see metrics.py                    RUN/report.html     see re
 RUN/starts.jsonl    a line each time it was started   RUN/data/           token shards, when it made its own
 """
 
+import errno
 import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import rmtree
@@ -37,7 +39,10 @@ from workload.runs import save_config
 from workload.schedule import fit_steps, learning_rate
 from workload.telemetry import Telemetry
 from workload.tokenizer import Tokenizer, count_bytes, load_tokenizer
+from workload.writer import Writer
 
+METRICS = "metrics.jsonl"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 PACE_FROM = 5  # updates of a start after which its pace is measured: the first are slow
 PACE_UNTIL = 20  # and updates before which it says too little
 
@@ -78,22 +83,28 @@ def train(
         make_loss=make_loss,
     )
     try:
-        run.prepare()
-        while True:
-            finished = run.state.step >= run.state.steps
-            evaluating = finished or run.state.step % config.train.eval_every == 0
-            # Asked once: who stops has saved, or goes on to the next step and saves that.
-            saving = evaluating or run.state.step % config.train.save_every == 0 or should_stop()
-            reporter.pause()
-            if saving and run.state.step:
-                run.save()
-            if evaluating:
-                run.evaluate(should_stop)
-            reporter.go_on()
-            if finished or (saving and should_stop()):
-                return run.state
-            run.update()
-            run.fit_steps()
+        with run.writer:  # its end waits until everything is on the disk
+            run.prepare()
+            while True:
+                finished = run.state.step >= run.state.steps
+                evaluating = finished or run.state.step % config.train.eval_every == 0
+                # Asked once: who stops has saved, or goes on to the next step and saves that.
+                saving = evaluating or run.state.step % config.train.save_every == 0 or should_stop()
+                reporter.pause()
+                if saving and run.state.step:
+                    run.save()
+                if evaluating:
+                    run.evaluate(should_stop)
+                reporter.go_on()
+                if finished or (saving and should_stop()):
+                    return run.state
+                run.update()
+                run.fit_steps()
+                run.writer.check()
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise run.explain_disk(error) from error
+        raise
     except RuntimeError as error:
         if is_device_lost(error):
             raise run.explain_loss(error) from error
@@ -131,6 +142,13 @@ def open_run(
         # Steps that were fitted into max_seconds stay, unless other steps are asked for now.
         asked_again = saved.config.train.steps == config.train.steps
         state = saved.state if asked_again else replace(saved.state, steps=config.train.steps)
+    writer = Writer(
+        out / "checkpoints",
+        keep=config.train.keep,
+        keep_every=config.train.keep_every,
+        note=reporter.note,
+        clock=clock,
+    )
     run = Run(
         config=config,
         out=out,
@@ -143,7 +161,8 @@ def open_run(
         feed=Feed(windows, config.train.batch, config.model.vocab_size, device),
         val=load_split(shards, "val"),
         tokenizer=load_tokenizer(data.tokenizer),
-        metrics=Metrics(out / "metrics.jsonl", state.metrics_bytes),
+        metrics=Metrics(out / METRICS, state.metrics_bytes),
+        writer=writer,
         telemetry=Telemetry(device),
         reporter=reporter,
         clock=clock,
@@ -175,6 +194,7 @@ class Run:
     val: list[Tokens]
     tokenizer: Tokenizer
     metrics: Metrics
+    writer: Writer  # of checkpoints, in the background
     telemetry: Telemetry
     reporter: Reporter
     clock: Callable[[], float]
@@ -210,7 +230,8 @@ class Run:
     def close(self) -> None:
         """Files and threads; not the work, which `save` has or has not saved."""
         self.feed.close()
-        _close(self.metrics)
+        with suppress(OSError):  # each row was written at once: what cannot be written now has been told
+            _close(self.metrics)
 
     def update(self) -> None:
         """One step: the next `batch` sequences, one change of the weights, one row of metrics."""
@@ -338,7 +359,10 @@ class Run:
         fresh = not gather_state(self.optimizer, self.model)
         reserve = state_bytes(self.model, self.config.train) if fresh and self.device.type == "cuda" else 0
         ballast = torch.empty(reserve, dtype=torch.uint8, device=self.device)
+        # Uncompiled, which needs no less memory: compiling takes a minute, each size anew.
+        as_trained, self.loss = self.loss, self.model.loss
         trials = microbatch.probe(candidates, self._try_size)
+        self.loss = as_trained
         del ballast
         self._clear()
         checkpoint.restore_random(random, self.device)
@@ -385,6 +409,7 @@ class Run:
         old enough the oldest does: what was left out has not changed the weights.
         """
         wanted, was = self.config.train, self.state
+        self.writer.wait()
         complete = checkpoint.list_complete(self.checkpoints)
         planned = [path for path in complete if self._is_planned(_step_of(path))] or complete
         usable = [path for path in planned if _step_of(path) <= was.step - MOST_SKIPS] or planned[:1]
@@ -411,7 +436,7 @@ class Run:
         self.state = replace(saved.state, sequences=was.sequences, elapsed_s=self.elapsed_s)
         self.first_step = saved.state.step
         _close(self.metrics)
-        self.metrics = Metrics(self.out / "metrics.jsonl", saved.state.metrics_bytes)
+        self.metrics = Metrics(self.out / METRICS, saved.state.metrics_bytes)
         self._event(
             f"{MOST_SKIPS} updates up to step {was.step} left out, the last for {reason}: back to step "
             f"{self.state.step}, on with the data after sequence {was.sequences}"
@@ -445,6 +470,15 @@ class Run:
     def _device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
+    def explain_disk(self, error: OSError) -> WorkloadError:
+        """For a disk that takes no more rows or reports."""
+        complete = checkpoint.list_complete(self.checkpoints)
+        newest = f"the newest complete checkpoint is {complete[-1].name}" if complete else "no checkpoint yet"
+        return WorkloadError(
+            f"step {self.state.step}: {self.out} could not be written: {error}",
+            f"{newest}; make room, then: python -m workload train --resume --out {self.out}",
+        )
+
     def explain_loss(self, error: BaseException) -> WorkloadError:
         """For a device that does not answer any more."""
         complete = checkpoint.list_complete(self.checkpoints)
@@ -473,18 +507,17 @@ class Run:
             )
 
     def save(self) -> None:
-        """A complete checkpoint of this step, and no more of them than the policy keeps."""
-        folder, wanted = self.checkpoints, self.config.train
-        self.state = replace(self.state, elapsed_s=self.elapsed_s, metrics_bytes=self.metrics.sync())
-        checkpoint.save(
-            folder,
+        """Begin to write a checkpoint of this step; the rows of metrics so far reach the disk before it is complete."""
+        rows = self.out / METRICS
+        self.state = replace(self.state, elapsed_s=self.elapsed_s, metrics_bytes=rows.stat().st_size)
+        self.writer.save(
             self.config,
             self.state,
             model=self.model.state_dict(),
             optimizer=gather_state(self.optimizer, self.model) | self.extras(),
             random=checkpoint.gather_random(self.device),
+            beside=[rows],
         )
-        checkpoint.prune(folder, keep=wanted.keep, keep_every=wanted.keep_every)
 
     def evaluate(self, should_stop: Callable[[], bool]) -> None:
         """Validation loss, the best checkpoint, a sample, the report; any of them only while not told to stop."""
@@ -502,8 +535,7 @@ class Run:
         self.reporter.validated(step, score.loss, score.bits_per_byte)
         if step and (self.state.best_val_loss is None or score.loss < self.state.best_val_loss):
             self.state = replace(self.state, best_val_loss=score.loss)
-            checkpoint.point(self.checkpoints, "best", checkpoint.folder_name(step))
-            checkpoint.prune(self.checkpoints, keep=wanted.keep, keep_every=wanted.keep_every)
+            self.writer.point_best(step)
         if wanted.sample_tokens:
             prompt = self.tokenizer.encode(wanted.sample_prompt) or [self.tokenizer.eot]
             tokens = generate(

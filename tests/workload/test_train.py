@@ -112,7 +112,7 @@ from workload.progress import Reporter
 torch.set_num_threads(1)
 where, out = sys.argv[1], Path(sys.argv[2])
 kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-update, save_file, evaluate = train.Run.update, checkpoint.save_file, train.evaluate
+update, save_file, evaluate = train.Run.update, checkpoint.save_file, train.Run._score
 def update_or_die(run):
     if where == "update" and run.state.step == 6:
         kill()
@@ -121,11 +121,12 @@ def save_or_die(tensors, path):
     if where == "save" and "00000008" in str(path) and "optimizer" in str(path):
         kill()
     save_file(tensors, path)
-def evaluate_or_die(*arguments, **options):
-    if where == "evaluate" and (out / "checkpoints" / "step-00000008").exists():
+def evaluate_or_die(run, should_stop):
+    if where == "evaluate" and run.state.step == 8:
+        run.writer.wait()
         kill()
-    return evaluate(*arguments, **options)
-train.Run.update, checkpoint.save_file, train.evaluate = update_or_die, save_or_die, evaluate_or_die
+    return evaluate(run, should_stop)
+train.Run.update, checkpoint.save_file, train.Run._score = update_or_die, save_or_die, evaluate_or_die
 config = parse_config((out / "config.toml").read_text(), where="config.toml")
 train.train(config, out, device=torch.device("cpu"), dtype=torch.float32,
             reporter=Reporter(io.StringIO(), lambda: 0.0, 1))
@@ -479,6 +480,7 @@ def test_fp16_finds_its_scale_and_keeps_it(config: Config, tmp_path: Path) -> No
         for _ in range(59):
             this.update()
         this.save()
+        this.writer.wait()
     assert 2.0 < math.log2(this.scaler.get_scale()) < 30
     rows = list(load_rows(out / "metrics.jsonl"))
     assert [row["kind"] for row in rows] == ["step"] * 60  # no event: that is how the scale is found
