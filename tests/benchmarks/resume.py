@@ -1,6 +1,6 @@
 """`kill -9` at random moments of a real training, resumed each time, and in the end the same as never interrupted.
 
-    python -m tests.benchmarks.resume [--kills 200] [--write]
+    python -m tests.benchmarks.resume [--kills 200] [--minutes 30] [--write]
 
 One `python -m workload train` runs to its end; its twins are killed while they start, train, save and evaluate, and
 started again with the same command, until one ends by itself. Every twin that ended must have the rows of metrics.jsonl
@@ -9,6 +9,7 @@ The model is the demo narrowed to 1.6 million weights: a checkpoint of 19 MB is 
 """
 
 import argparse
+import math
 import random
 import shutil
 import signal
@@ -149,18 +150,22 @@ def outcome(out: Path) -> dict[str, Any]:
     }
 
 
-def run(root: Path, kills: int, steps: int) -> Tally:
+def run(root: Path, kills: int, steps: int, limit_s: float) -> Tally:
     """Raises SystemExit at the first difference or the first run that does not resume."""
-    tally = Tally()
+    tally, end_s = Tally(), time.monotonic() + limit_s
+
+    def enough() -> bool:
+        return tally.kills.total() >= kills or time.monotonic() > end_s
+
     whole = root / "whole"
     finish(whole, steps)
     expected = outcome(whole)
     twin = 0
-    while tally.kills.total() < kills:
+    while not enough():
         twin += 1
         out = root / f"twin-{twin}"
         ended = False
-        while not ended and tally.kills.total() < kills:
+        while not ended and not enough():
             ended = start_and_kill(out, steps, tally)
             print(
                 f"\r{tally.kills.total()} of {kills} kills, {tally.finished} runs ended", end="", flush=True
@@ -205,13 +210,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--steps", type=int, default=240, help="updates of a run")
     parser.add_argument("--seed", type=int, default=1, help="of the moments")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which nothing more is killed")
     parser.add_argument("--root", type=Path, help="where the runs go (default: a folder that is removed)")
     parser.add_argument("--write", action="store_true", help=f"put the table into {PATH.name}")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="resume-") as scratch:
-        tally = run(arguments.root or Path(scratch), arguments.kills, arguments.steps)
+        tally = run(arguments.root or Path(scratch), arguments.kills, arguments.steps, 60 * arguments.minutes)
     text = render(tally, arguments.steps, time.monotonic() - began_s)
     print(text)
     if arguments.write:
