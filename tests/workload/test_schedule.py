@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workload.config import SCHEDULES, TrainConfig
@@ -62,6 +62,7 @@ def test_no_warmup_and_runs_shorter_than_it() -> None:
     assert learning_rate(0, 1, TRAIN) == pytest.approx(0.1)
 
 
+@settings(deadline=None)  # other work on the machine is not an error
 @given(
     st.integers(1, 500), st.integers(0, 600), st.floats(0, 1), st.sampled_from(SCHEDULES), st.floats(0.01, 1)
 )
@@ -91,6 +92,7 @@ def test_steps_are_fitted_into_the_time() -> None:
     assert fit_steps(100, 100, 100, 75.0, 60.0, (10, 12.0)) == 100
 
 
+@settings(deadline=None)  # other work on the machine is not an error
 @given(st.integers(1, 99), st.integers(100, 200), st.floats(0.1, 1e4), st.floats(1, 1e4))
 def test_the_plan_stays_between_what_is_done_and_what_was_asked(
     step: int, asked: int, elapsed: float, limit: float
