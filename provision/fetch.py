@@ -23,8 +23,9 @@ from pathlib import Path, PurePosixPath
 
 from provision.errors import ProvisionError
 from provision.host import Host
-from provision.jobs import checked_run
 from provision.machine import Machine
+from provision.runs import checked_run
+from provision.transfer import human
 from provision.units import variables
 
 MANIFEST = "manifest.json"
@@ -389,14 +390,6 @@ def demand_space(destination: Path, need_bytes: int) -> None:
             f"{human(need_bytes)} are to be fetched, and {destination.resolve()} has room for {human(free_bytes)}.",
             "Fetch one run only, with --run ID, or make room.",
         )
-
-
-def human(size_bytes: int) -> str:
-    """Bytes in the unit that people read: 1.2 GB."""
-    size, units = float(size_bytes), ["bytes", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.0f} {units[0]}" if units[0] == "bytes" else f"{size:.1f} {units[0]}"
 
 
 def summary(name: str, destination: Path, listing: Listing, done: Fetched) -> str:

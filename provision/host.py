@@ -149,6 +149,14 @@ class Host:
                     raise
                 self.progress(f"{error.message.split('. ')[0]}; dialling again")
 
+    def run_again(self, script: str, *, stdin: bytes = b"", as_root: bool = True) -> Result:
+        """`run` of a script that may run twice: sent once more when the connection breaks in it."""
+        try:
+            return self.run(script, stdin=stdin, as_root=as_root)
+        except ConnectionLost:
+            self._dial_until(time.monotonic() + 60)
+            return self.run(script, stdin=stdin, as_root=as_root)
+
     def _bash(
         self,
         script: str,
@@ -207,23 +215,17 @@ class Host:
         folder: PurePosixPath,
         properties: Sequence[str] = (),
         user: str = "",
-        own: bool = False,
     ) -> str:
-        """`started`, `same` or `other`; see `start_script`. Sent once more when the connection breaks in it."""
+        """`started`, `same` or `other`; see `start_script`."""
         start = start_script(
             unit,
             script,
             token=secrets.token_hex(8),
             folder=folder,
             user=user,
-            own=own,
             properties=properties,
         )
-        try:
-            return self.run(start, stdin=script.encode(), as_root=not own).stdout.strip()
-        except ConnectionLost:
-            self._dial_until(time.monotonic() + 60)
-            return self.run(start, stdin=script.encode(), as_root=not own).stdout.strip()
+        return self.run_again(start, stdin=script.encode()).stdout.strip()
 
     def follow(
         self,

@@ -1,223 +1,240 @@
-"""Training on a host: send the package by the hash of its content, start a run as a systemd unit, follow its log.
+"""Training on a host, as a person drives it: start, follow, stop, go on, look at, take away.
 
-On the host, below the user's home:
+On the host, below the user's home (runs.py has the folder of a run, and its unit):
 
     metal/source/HASH/workload/…     the package as it was sent; a run keeps using the one it began with
-    metal/runs/ID/                   one run: what the workload writes, and log, status, script of its unit
+    metal/data/…                     what --data named
+    metal/runs/ID/                   one run
 
-The unit `metal-run-ID` belongs to the system's manager and runs as the user, so it needs nobody to be logged in.
 Ctrl-C and lost connections end the following only. The same command again follows the run that it began.
 """
 
 import hashlib
-import re
-import secrets
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib import resources
-from importlib.resources.abc import Traversable
-from pathlib import PurePosixPath
-from shlex import join, quote
+from pathlib import Path, PurePosixPath
+from shlex import join
 
-from provision.errors import ProvisionError, ScriptFailed
+from provision.dataset import Data, find_data, prepare_arguments, send_data
+from provision.errors import ProvisionError
 from provision.host import Host
 from provision.machine import Machine
+from provision.person import Ask
+from provision.preflight import (
+    Runs,
+    demand_ready,
+    describe_device,
+    look,
+    look_for_runs,
+    runs_bytes,
+)
+from provision.runs import (
+    Folder,
+    checked_run,
+    new_run_id,
+    remove_run,
+    start_run,
+    stop_run,
+    train_script,
+    unit_of,
+)
+from provision.source import content_hash, package_files
 from provision.system.python import ENVIRONMENT
-from provision.units import OnLine, variables
-from workload.config import load_config
+from provision.transfer import human
+from provision.units import Lines, OnLine, variables
+from workload.config import Config, load_config
 from workload.errors import WorkloadError
 
-PYTHON = f"{ENVIRONMENT}/bin/python"
-RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 LAST_LINES = 20
-PROPERTIES = (
-    "KillSignal=SIGTERM",  # the workload saves on it and ends with status 0
-    "TimeoutStopSec=600",  # a checkpoint of the largest model on a slow disk
-    "OOMPolicy=continue",  # the kernel kills a process, not the run's record of it
-)
 
 Say = Callable[[str], object]
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What one exec found: absolute folders of the host, whether it has the source, and the runs at work."""
-
-    folder: PurePosixPath
-    has_source: bool
-    active: dict[str, str]  # run id → hash of its command, see `command_id`
-    last: str  # the run that was begun last (ids sort by time), "" where there is none
-
-    def run(self, run: str) -> PurePosixPath:
-        return self.folder / "runs" / run
-
-
-# `active` says what each unit that is at work was asked to do, with its own id taken out.
-LOOK = r"""
-[ -x "$python" ] || { echo "there is no $python" >&2; exit 3; }
-cd ~
-echo "folder $PWD/$folder"
-[ ! -e "$folder/source/$hash" ] || echo source
-for id in "$folder"/runs/*/id; do
-  run=${id%/id}
-  [ -e "$id" ] || continue
-  echo "last ${run##*/}"
-  [ ! -e "$run/status" ] || continue
-  case "$(systemctl is-active "metal-run-${run##*/}.service" || true)" in
-    active|activating|deactivating|reloading)
-      sum=$(sed "s/${run##*/}/RUN/g" <"$run/script" | sha256sum)
-      echo "active ${run##*/} ${sum%% *}";;
-  esac
-done
-"""
-
-
-def package_files(package: str = "workload") -> dict[str, bytes]:
-    """Relative path → content of the installed package, without what Python makes by itself."""
-    found: dict[str, bytes] = {}
-
-    def walk(folder: Traversable, prefix: str) -> None:
-        for entry in folder.iterdir():
-            if entry.is_dir():
-                if entry.name != "__pycache__":
-                    walk(entry, f"{prefix}{entry.name}/")
-            elif not entry.name.endswith((".pyc", "~")) and not entry.name.startswith("."):
-                found[prefix + entry.name] = entry.read_bytes()
-
-    walk(resources.files(package), f"{package}/")
-    return found
-
-
-def content_hash(files: Mapping[str, bytes]) -> str:
-    """Twelve hex digits that differ when a name or a byte differs."""
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        digest.update(f"{name}\0{len(files[name])}\0".encode() + files[name])
-    return digest.hexdigest()[:12]
-
-
-def new_run_id(preset: str, now: datetime) -> str:
-    """Sorts by time, says what it is, and is nobody else's."""
-    return f"{now.astimezone(UTC):%Y%m%d-%H%M%S}-{preset}-{secrets.token_hex(2)}"
-
-
-def train_script(folder: PurePosixPath, source: str, run: str, arguments: Sequence[str]) -> str:
-    """What the unit runs. `exec`, so that the signal that stops the unit reaches Python itself."""
-    out = folder / "runs" / run
-    command = ["-m", "workload", "train", "--out", str(out), *arguments]
-    return (
-        f"cd {quote(str(out))}\n"
-        f"export PYTHONPATH={quote(str(folder / 'source' / source))} PYTHONUNBUFFERED=1\n"
-        # By its real path: a new environment may take the link's place while the run still imports.
-        f'exec "$(readlink -f {ENVIRONMENT})"/bin/python {join(command)}\n'
-    )
-
-
-def command_id(folder: PurePosixPath, source: str, arguments: Sequence[str]) -> str:
+def command_id(folder: Folder, source: str, arguments: Sequence[str], prepare: Sequence[str] = ()) -> str:
     """The same for the same source, preset and settings, whatever the run's id."""
-    return hashlib.sha256(train_script(folder, source, "RUN", arguments).encode()).hexdigest()
-
-
-def parse_look(text: str) -> Seen:
-    folder, has_source, active, last = "", False, {}, ""
-    for line in text.splitlines():
-        match line.split(" ", 2):
-            case ["folder", *path]:
-                folder = " ".join(path)
-            case ["source"]:
-                has_source = True
-            case ["last", run]:
-                last = run
-            case ["active", run, command]:
-                active[run] = command
-    return Seen(PurePosixPath(folder), has_source, active, last)
-
-
-def look(host: Host, machine: Machine, source: str) -> Seen:
-    """One exec, as the user. Raises ProvisionError where the machine is not ready to train."""
-    if host.system != "installed":
-        raise ProvisionError(
-            f"{host.name} is on the install ISO; nothing can be trained there.",
-            f"fab -H {host.name} provision",
-        )
-    script = variables(python=PYTHON, folder=machine.train.folder, hash=source) + LOOK
-    try:
-        return parse_look(host.run(script, as_root=False).stdout)
-    except ScriptFailed as error:
-        if error.code != 3:
-            raise
-        raise ProvisionError(
-            f"{host.name} has no Python environment: {PYTHON} is missing.", f"fab -H {host.name} provision"
-        ) from error
+    return hashlib.sha256(train_script(folder, source, "RUN", arguments, prepare).encode()).hexdigest()
 
 
 def train(
     host: Host,
     machine: Machine,
     *,
-    preset: str = "gpt2-124m",
+    preset: str = "demo",
+    name: str = "",
+    data: str = "",
     settings: Sequence[str] = (),
     detach: bool = False,
     resume: str = "",
+    share: bool = False,
     on_line: OnLine = print,
     say: Say = print,
 ) -> str:
-    """Start a run and follow it to its end; its id. With `resume`, an ended run goes on from its checkpoint.
+    """Start a run and follow it to its end; its id. With `resume`, an ended run goes on with this source and settings.
 
     The same preset, settings and source as a run at work joins that one. Raises ProvisionError where another
-    run is at work, and with the last lines of its log where the run fails.
+    run is at work (unless `share`), where the machine is not ready, and with the last lines of its log where the
+    run fails.
     """
-    check_settings(preset, settings)
+    config = checked_config(preset, settings)
+    if name:
+        checked_run(name)
+    wanted = find_data(data, config.data.tokenizer, config.data.val_fraction, say)
     files = package_files()
     source = content_hash(files)
-    chosen = ["--resume"] if resume else ["--preset", preset]
-    arguments = [*chosen, *(["--set", *settings] if settings else [])]
-    seen = look(host, machine, source)
-    wanted = command_id(seen.folder, source, arguments)
-    for run, command in seen.active.items():
-        if command != wanted or resume not in ("", run):
-            raise ProvisionError(
-                f"{host.name} is already training: {run}.",
-                f"To stop it (it saves first), on {host.name}:  sudo systemctl stop metal-run-{run}",
-            )
-        say(f"{run} is at work already")
-        return run if detach else follow_run(host, seen, run, on_line=on_line, say=say)
+    seen = look(host, machine, source, wanted.key)
+    folder = seen.runs.folder
+    arguments = chosen(preset, settings, wanted, folder, resume)
+    prepare = prepare_arguments(wanted, folder, config.data.tokenizer, config.data.val_fraction)
+    command = command_id(folder, source, arguments, prepare)
+    for run, at_work in seen.runs.active.items():
+        if at_work == command and resume in ("", run) and run.endswith(name):
+            say(f"{run} is at work already")
+            return run if detach else follow_run(host, folder, run, on_line=on_line, say=say)
+        if not share:
+            raise already_training(host, run)
     if resume:
-        last_lines_offset(host, seen.run(checked_run(resume)))  # raises where there is no such run
+        last_lines_offset(host, folder.run(resume))  # raises where there is no such run
+    sending = bool(wanted.files) and not seen.has_data
+    demand_ready(machine, seen, runs_bytes(config) + sending * wanted.size, share=share)
     if not seen.has_source:
-        host.send_tree(files, seen.folder / "source" / source, as_root=False)
-    run = resume or new_run_id(preset, datetime.now(UTC))
-    unit_script = train_script(seen.folder, source, run, arguments)
-    host.start_unit(
-        unit_of(run),
-        unit_script,
-        folder=seen.run(run),
-        user=machine.user.name,
-        own=True,
-        properties=[*PROPERTIES, f"Description=training run {run}"],
-    )
-    say(f"{run} has started on {host.name}, in {seen.run(run)}")
+        host.send_tree(files, folder.source(source), as_root=False)
+    if sending:
+        send_data(host, folder, wanted, say)
+    run = resume or new_run_id(name or preset, datetime.now(UTC))
+    script = train_script(folder, source, run, arguments, prepare)
+    start_run(host, folder, run, machine.user.name, script)
+    say(f"{run} has started on {host.name}, on {describe_device(machine, seen)}; in {folder.run(run)}")
+    if wanted.prepare and not seen.has_data:
+        say(f"First it makes token shards of {wanted.prepare}; if it is cut short it goes on with them.")
     if detach:
         say(f"fab -H {host.name} attach follows it; fab -H {host.name} fetch-checkpoints brings it home.")
         return run
-    return follow_run(host, seen, run, on_line=on_line, say=say)
+    return follow_run(host, folder, run, on_line=on_line, say=say)
+
+
+def chosen(preset: str, settings: Sequence[str], data: Data, folder: Folder, resume: str) -> list[str]:
+    """Arguments of `workload train`."""
+    source = data.source(folder)
+    settings = [*settings, *([f"data.source={source}"] if source else [])]
+    return [*(["--resume"] if resume else ["--preset", preset]), *(["--set", *settings] if settings else [])]
+
+
+def checked_config(preset: str, settings: Sequence[str]) -> Config:
+    """Find a misspelt preset or setting here, before anything is sent."""
+    try:
+        return load_config(preset, settings)
+    except WorkloadError as error:
+        raise ProvisionError(error.message, error.hint) from error
+
+
+def already_training(host: Host, run: str) -> ProvisionError:
+    return ProvisionError(
+        f"{host.name} is already training: {run}.",
+        f"fab -H {host.name} stop ends it (it saves first); fab -H {host.name} attach follows it; "
+        "--share trains beside it.",
+    )
+
+
+def find_run(host: Host, machine: Machine, run: str) -> tuple[Runs, str]:
+    """The runs, and the one that is meant: `run`, or the one at work, or the last one."""
+    if run:
+        checked_run(run)
+    runs = look_for_runs(host, machine)
+    run = run or next(iter(runs.active), runs.last)
+    if not run:
+        raise ProvisionError(f"There is no run on {host.name} yet.", f"fab -H {host.name} train")
+    return runs, run
+
+
+def no_such_run(host: Host, run: str) -> ProvisionError:
+    return ProvisionError(f"There is no run {run} on {host.name}.", f"fab -H {host.name} runs")
 
 
 def attach(host: Host, machine: Machine, run: str = "", *, on_line: OnLine = print, say: Say = print) -> str:
     """Follow a run again, from its last lines on; without an id, the one at work, or the last one. Its id."""
-    seen = look(host, machine, content_hash(package_files()))
-    run = run or next(iter(seen.active), seen.last)
-    if not run:
-        raise ProvisionError(f"There is no run on {host.name} yet.", f"fab -H {host.name} train")
-    say(f"{run} {'is at work' if run in seen.active else 'has ended'}; its last lines:")
-    return follow_run(host, seen, run, on_line=on_line, say=say)
+    runs, run = find_run(host, machine, run)
+    say(f"{run} {'is at work' if run in runs.active else 'has ended'}; its last lines:")
+    return follow_run(host, runs.folder, run, on_line=on_line, say=say)
 
 
-def follow_run(host: Host, seen: Seen, run: str, *, on_line: OnLine, say: Say) -> str:
+def resume(
+    host: Host,
+    machine: Machine,
+    run: str = "",
+    *,
+    detach: bool = False,
+    on_line: OnLine = print,
+    say: Say = print,
+) -> str:
+    """Let a run that ended go on from its newest checkpoint, as it was begun; follow it. Its id."""
+    runs, run = find_run(host, machine, run)
+    for other in runs.active:
+        if other != run:
+            raise already_training(host, other)
+    match start_run(host, runs.folder, run, machine.user.name):
+        case "missing":
+            raise no_such_run(host, run)
+        case "running":
+            say(f"{run} is at work already")
+        case _:
+            say(f"{run} goes on, on {host.name}")
+    return run if detach else follow_run(host, runs.folder, run, on_line=on_line, say=say)
+
+
+def stop(
+    host: Host,
+    machine: Machine,
+    run: str = "",
+    *,
+    now: bool = False,
+    on_line: OnLine = print,
+    say: Say = print,
+) -> str:
+    """End a run: it saves, and this waits for it. `now`: without saving; what follows the last checkpoint is lost."""
+    runs, run = find_run(host, machine, run)
+    offset = last_lines_offset(host, runs.folder.run(run), lines=0)
+    match stop_run(host, runs.folder, run, now=now):
+        case "missing":
+            raise no_such_run(host, run)
+        case "ended":
+            say(f"{run} on {host.name} has ended already.")
+            return run
+        case "ended-now":
+            say(f"{run} on {host.name} was ended; it goes on from its last checkpoint with resume.")
+            return run
+    say(f"{run}: it saves, then ends; waiting for that")
+    folder = runs.folder.run(run)
+    code = host.follow(
+        folder / "log", unit_of(run), on_line=on_line, deadline_s=1200, offset=offset, as_root=False
+    )
+    if code:
+        raise ProvisionError(
+            f"{run} on {host.name} ended with status {code} while it was stopped; "
+            "its checkpoints of before are whole.",
+            f"fab -H {host.name} logs --run {run}",
+        )
+    say(f"{run} has ended, saved. fab -H {host.name} resume --run {run} lets it go on.")
+    return run
+
+
+def logs(host: Host, machine: Machine, run: str = "", lines: int = 50, *, on_line: OnLine = print) -> str:
+    """Print the last lines of a run's log."""
+    runs, run = find_run(host, machine, run)
+    script = variables(log=runs.folder.run(run) / "log", lines=lines) + (
+        '[ -r "$log" ] || exit 3\ntail -n "$lines" -- "$log"'
+    )
+    result = host.run(script, check=False)
+    if result.code:
+        raise no_such_run(host, run)
+    clean = Lines(on_line)
+    clean.feed(result.stdout.encode(), final=True)
+    return run
+
+
+def follow_run(host: Host, folder: Folder, run: str, *, on_line: OnLine, say: Say) -> str:
     """Hand out the log from its last lines on, to the end of the run."""
-    folder = seen.run(checked_run(run))
+    path = folder.run(run)
     last: deque[str] = deque(maxlen=LAST_LINES)
 
     def line(text: str) -> None:
@@ -226,56 +243,109 @@ def follow_run(host: Host, seen: Seen, run: str, *, on_line: OnLine, say: Say) -
 
     try:
         code = host.follow(
-            folder / "log",
+            path / "log",
             unit_of(run),
             on_line=line,
             deadline_s=None,
-            offset=last_lines_offset(host, folder),
+            offset=last_lines_offset(host, path),
             as_root=False,
         )
     except KeyboardInterrupt:
         say(
-            f"\n{run} goes on training on {host.name}. fab -H {host.name} attach follows it again.\n"
-            f"To stop it (it saves first), on {host.name}:  sudo systemctl stop {unit_of(run)}"
+            f"\n{run} goes on training on {host.name}. fab -H {host.name} attach follows it again;\n"
+            f"fab -H {host.name} stop ends it (it saves first)."
         )
         raise
     if code:
         raise ProvisionError(
             f"{run} on {host.name} failed with status {code}:\n" + "\n".join(f"  {text}" for text in last),
-            f"The whole log, on {host.name}:  {folder / 'log'}",
+            f"The whole log: fab -H {host.name} logs --run {run} --lines 1000; "
+            f"once the reason is gone: fab -H {host.name} resume --run {run}",
         )
     return run
 
 
-def last_lines_offset(host: Host, folder: PurePosixPath) -> int:
+def last_lines_offset(host: Host, folder: PurePosixPath, lines: int = LAST_LINES) -> int:
     """Where the last lines of a run's log begin, in bytes. Raises ProvisionError where there is no such run."""
-    script = variables(log=folder / "log", lines=LAST_LINES) + (
+    script = variables(log=folder / "log", lines=lines) + (
         '[ -r "$log" ] || exit 3\n'
         'size=$(stat -c %s -- "$log")\n'
-        'kept=$(head -c "$size" -- "$log" | tail -n "$lines" | wc -c)\n'
+        'kept=0; [ "$lines" = 0 ] || kept=$(head -c "$size" -- "$log" | tail -n "$lines" | wc -c)\n'
         "echo $((size - kept))"
     )
     result = host.run(script, as_root=False, check=False)
     if result.code:
-        raise ProvisionError(
-            f"There is no run {folder.name} on {host.name}.", f"On {host.name}:  ls {folder.parent}"
-        )
+        raise no_such_run(host, folder.name)
     return int(result.stdout)
 
 
-def check_settings(preset: str, settings: Sequence[str]) -> None:
-    """Find a misspelt preset or setting here, before anything is sent."""
-    try:
-        load_config(preset, settings)
-    except WorkloadError as error:
-        raise ProvisionError(error.message, error.hint) from error
-
-
-def checked_run(run: str) -> str:
-    if not RUN_ID.fullmatch(run):
-        raise ProvisionError(f"'{run}' is not the id of a run; expected letters, digits, '.', '_' and '-'.")
+def sample(
+    host: Host, machine: Machine, prompt: str, run: str = "", tokens: int = 200, *, say: Say = print
+) -> str:
+    """Let a run's best model go on from a prompt, there. Beside a run at work it takes the processor, not its GPU."""
+    runs, run = find_run(host, machine, run)
+    command = ["-m", "workload", "sample", str(runs.folder.run(run)), "--prompt", prompt]
+    command += ["--tokens", str(tokens), *(["--device", "cpu"] if runs.active else [])]
+    say(run_workload(host, runs.folder, run, command))
     return run
 
 
-def unit_of(run: str) -> str:
-    return f"metal-run-{run}"
+def report(
+    host: Host,
+    machine: Machine,
+    home: Path,
+    run: str = "",
+    *,
+    show: Callable[[str], object] | None = None,
+    say: Say = print,
+) -> Path:
+    """Have a run's report made anew there, bring it to `home`/RUN/report.html; its path. `show` opens its URL."""
+    runs, run = find_run(host, machine, run)
+    folder = runs.folder.run(run)
+    html = run_workload(host, runs.folder, run, ["-m", "workload", "report", str(folder)], then="report.html")
+    path = home / run / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(".report.html.partial")
+    staged.write_text(html)
+    staged.replace(path)
+    say(f"{run}: {path.resolve()}")
+    if show:
+        show(path.resolve().as_uri())
+    return path
+
+
+def run_workload(host: Host, folder: Folder, run: str, command: Sequence[str], then: str = "") -> str:
+    """What a command of the workload prints, with the source that the run has; or the run's file `then` after it."""
+    script = variables(run=folder.run(run), python=f"{ENVIRONMENT}/bin/python", then=then) + (
+        'cd "$run" 2>/dev/null || exit 3\n'
+        "eval \"$(grep -m 1 '^export PYTHONPATH=' script)\"\n"
+        f'if [ "$then" ]; then "$python" {join(command)} >&2; cat "$then"; else "$python" {join(command)}; fi'
+    )
+    result = host.run(script, as_root=False, check=False, deadline_s=900)
+    if result.code == 3:
+        raise no_such_run(host, run)
+    if result.code:
+        said = result.stderr.strip().splitlines()[-LAST_LINES:]
+        raise ProvisionError(f"{run} on {host.name}: " + "\n".join(said or ["it failed without a word"]))
+    return result.stdout.rstrip("\n")
+
+
+def remove(host: Host, machine: Machine, run: str, *, yes: bool = False, ask: Ask, say: Say = print) -> None:
+    """Take a run away from its host, checkpoints and all. One at work is refused; a person is asked."""
+    checked_run(run)
+    runs = look_for_runs(host, machine)
+    if run in runs.active:
+        raise ProvisionError(f"{run} is at work on {host.name}.", f"fab -H {host.name} stop --run {run}")
+    if not yes and ask(
+        f"Remove {run} from {host.name}, checkpoints and all? Those that were fetched stay here. [yes/no] "
+    ).lower() not in ("y", "yes"):
+        raise ProvisionError(
+            f"{run} was not removed.", f"fab -H {host.name} remove --run {run} --yes asks nothing."
+        )
+    match remove_run(host, runs.folder, run).split():
+        case ["missing"]:
+            raise no_such_run(host, run)
+        case ["running"]:
+            raise ProvisionError(f"{run} is at work on {host.name}.", f"fab -H {host.name} stop --run {run}")
+        case [_, size]:
+            say(f"{run} is gone from {host.name}: {human(int(size))} are free again.")

@@ -148,3 +148,11 @@ def explain_rsync(how: Rsync, code: int, stderr: str, command: str) -> Provision
     if code in (10, 12, 20, 30, 35, 255):
         return ConnectionLost(message, "Run the same command again: it goes on where it stopped.")
     return ProvisionError(message, f"The command was: {command}")
+
+
+def human(size_bytes: int) -> str:
+    """Bytes in the unit that people read: 1.2 GB."""
+    size, units = float(size_bytes), ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "bytes" else f"{size:.1f} {units[0]}"

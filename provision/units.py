@@ -1,8 +1,9 @@
-"""Scripts that outlive the connection: a transient systemd unit whose log is followed by byte offset.
+"""Scripts that outlive the connection: a systemd unit whose log is followed by byte offset.
 
 A unit's folder holds `script`, `unit` (what systemd starts), `log`, `id` (which start, which script) and, once
 it has ended, `status`: its exit status, written under another name and renamed. For provisioning the folder is
-/run/metal/UNIT, for a training run it is the run's own. To go on after a lost connection takes the offset only.
+/run/metal/UNIT and the unit a transient one, started here; runs.py has that of a training run, which outlives a
+reboot, too. To go on following after a lost connection takes the offset only.
 """
 
 import codecs
@@ -61,25 +62,23 @@ exit "$code"
 # Idempotent by token: after a lost connection the same start is sent again and finds its own id.
 # `reset-failed` frees the name of a unit that failed before. HOME is not set for units of root.
 START = r"""
-sudo=; [ "$(id -u)" = 0 ] || sudo='sudo -n'
 state=$(systemctl is-active "$unit.service" || true)
 known=; if [ -r "$folder/id" ]; then known=$(cat "$folder/id"); fi
 case "$state" in active|activating|deactivating|reloading) running=yes;; *) running=;; esac
 if [ "$known" = "$token $script" ]; then cat >/dev/null; echo started; exit; fi
 if [ "$running" ]; then cat >/dev/null; [ "${known#* }" = "$script" ] && echo same || echo other; exit; fi
 umask 077
-[ "$(id -u)" != 0 ] || [ "$own" ] || install -d -m 711 "${folder%/*}"
+install -d -m 711 "${folder%/*}"
 mkdir -p "$folder"
-rm -f "$folder/status" "$folder/id"
-[ "$own" ] || rm -f "$folder/log"
+rm -f "$folder/status" "$folder/id" "$folder/log"
 cat >"$folder/script"
 [ "$(sha256sum <"$folder/script")" = "$script  -" ] || { echo 'the script is cut short' >&2; exit 1; }
 printf '%s' "$wrapper" >"$folder/unit"
 : >>"$folder/log"
 printf '%s\n' "$token $script" >"$folder/id"
-[ -z "$user" ] || [ "$own" ] || chown -R -- "$user:" "$folder"
-$sudo systemctl reset-failed "$unit.service" 2>/dev/null || true
-$sudo systemd-run --quiet --unit="$unit" --service-type=exec "${properties[@]}" \
+[ -z "$user" ] || chown -R -- "$user:" "$folder"
+systemctl reset-failed "$unit.service" 2>/dev/null || true
+systemd-run --quiet --unit="$unit" --service-type=exec "${properties[@]}" \
     -- /bin/bash "$folder/unit" "$folder" </dev/null >&2 || { rm -f "$folder/id"; exit 1; }
 echo started
 """
@@ -92,13 +91,11 @@ def start_script(
     token: str,
     folder: PurePosixPath,
     user: str = "",
-    own: bool = False,
     properties: Sequence[str] = (),
 ) -> str:
     """What starts the unit and prints `started`; or `same`, `other`: so is the script that runs already.
 
-    The unit's script comes on stdin. `own`: the folder belongs to the user who logs in and runs this, as whom
-    the unit shall run too, and the log there is added to; else root runs this, and the log begins anew.
+    The unit's script comes on stdin; root runs this.
     """
     named = [f"User={user}"] if user else ["Environment=HOME=/root"]
     flags = " ".join(shlex.quote(f"--property={text}") for text in [*named, *properties])
@@ -108,7 +105,6 @@ def start_script(
         token=token,
         script=script_id(script),
         user=user,
-        own="yes" if own else "",
         wrapper=WRAPPER,
     )
     return f"{values}properties=({flags})\n{START}"
@@ -126,7 +122,10 @@ while :; do
     echo beat >&2
     case "$(systemctl is-active "$unit.service" || true)" in
       inactive|failed|unknown)
-        read -r code 2>/dev/null <"$folder/status" || code=gone;;
+        case "$(systemctl is-system-running 2>/dev/null || true)" in
+          initializing|starting) ;;  # a boot has not come to it yet
+          *) read -r code 2>/dev/null <"$folder/status" || code=gone;;
+        esac;;
     esac
   fi
   size=$(stat -c %s -- "$log" 2>/dev/null || echo 0)

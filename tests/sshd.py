@@ -1,8 +1,8 @@
 """A real sshd on loopback that believes it is a machine, and a proxy that makes its network bad.
 
 `Sshd` runs OpenSSH's server in mount and process namespaces of its own: private users, passwords, sudoers, /run
-and boot id; nothing outside is touched, and `stop` ends every process. It has no systemd: the two scripts in
-tests/standin/ take its place, first on PATH. Needs root, for the namespaces.
+and boot id, /etc and /opt; nothing outside is touched, and `close` ends every process. It has no systemd: the two
+scripts in tests/standin/ take its place, first on PATH. Needs root, for the namespaces.
 
 `Proxy` relays TCP to it: with a delay, cut, or as a black hole (accepts and swallows, as a host that lost power).
 """
@@ -42,6 +42,9 @@ cp "$standin"/* /run/bin/
 cp "$folder/authorized_keys" /run/sshd/
 cp "$folder/boot_id" /run/boot_id
 mount --bind /run/boot_id /proc/sys/kernel/random/boot_id
+mkdir /run/etc-upper /run/etc-work
+mount -t overlay -o lowerdir=/etc,upperdir=/run/etc-upper,workdir=/run/etc-work overlay /etc
+mkdir -p /etc/systemd/system
 sed "s,^root:.*,root:x:0:0:root:/run/home/root:/bin/bash,; /^ml:/d" /etc/passwd >/run/etc/passwd
 echo "ml:x:4242:4242::/run/home/ml:$shell" >>/run/etc/passwd
 { grep -v '^ml:' /etc/group; echo 'ml:x:4242:'; } >/run/etc/group
@@ -54,8 +57,10 @@ chown 4242:4242 /run/home/ml
 # This very Python as the machine's environment; its base may lie in a home that only root may enter.
 mkdir /run/upper /run/work
 mount -t overlay -o lowerdir=/opt,upperdir=/run/upper,workdir=/run/work overlay /opt
-mkdir -p /opt/metal/env
-mount --bind "$prefix" /opt/metal/env
+rm -rf /opt/metal
+mkdir -p /opt/metal/envs/here
+mount --bind "$prefix" /opt/metal/envs/here
+ln -s /opt/metal/envs/here /opt/metal/env
 case $base in /root/*)
   mkdir /run/base
   mount --bind "$base" /run/base

@@ -12,6 +12,7 @@ from provision.errors import ProvisionError
 from provision.fetch import fetch_checkpoints
 from provision.host import Host, connect
 from tests.sshd import Sshd, wait_for
+from tests.transport.trainer import installed
 
 TINY = [
     "model.n_layer=1",
@@ -34,8 +35,7 @@ RUNS = "/run/home/ml/metal/runs"
 
 @pytest.fixture
 def host(sshd: Sshd) -> Iterator[Host]:
-    sshd.pin()
-    with connect(sshd.machine(), sshd.pins) as session:
+    with installed(sshd) as session:
         yield session
 
 
@@ -58,10 +58,6 @@ def train(host: Host, settings: list[str], lines: list[str], **options: object) 
     )
 
 
-def stop(sshd: Sshd, run: str) -> None:
-    sshd.inside("/run/bin/systemctl", "stop", f"metal-run-{run}")
-
-
 def log_of(sshd: Sshd, run: str) -> str:
     path = sshd.path(f"{RUNS}/{run}/log")
     return path.read_text() if path.exists() else ""
@@ -72,10 +68,10 @@ def test_a_run_is_trained_followed_and_fetched(host: Host, sshd: Sshd, tmp_path:
     run = train(host, TINY, lines)
     assert any("trained 6 steps" in line for line in lines)
     assert host.traffic.execs == 5, "look, send, start, where to begin, follow"
+    enabled = ("/run/bin/systemctl", "is-enabled", f"metal-run-{run}")
+    wait_for(lambda: sshd.inside(*enabled).stdout == "disabled\n", "the unit's end")
     owner = sshd.path(f"{RUNS}/{run}/metrics.jsonl").stat().st_uid
     assert owner == 4242, "the unit runs as the user"
-    properties = sshd.path(f"/run/standin-systemd/metal-run-{run}")
-    assert not properties.exists(), "the unit ended well"
     home = tmp_path / "home"
     done = fetch_checkpoints(host, host.wanted.machine, home)
     assert done.here >= 1
@@ -95,46 +91,29 @@ def test_an_unchanged_package_is_not_sent_again(host: Host, sshd: Sshd) -> None:
         before = host.traffic.bytes_sent
         run = train(host, LONG, [], detach=True)
         assert (host.traffic.bytes_sent - before > 400_000) is expected
-        stop(sshd, run)
+        jobs.stop(host, host.wanted.machine, run, now=True, say=lambda line: None)
     sources = list(sshd.path("/run/home/ml/metal/source").iterdir())
     assert [path.name for path in sources] == [jobs.content_hash(jobs.package_files())]
     assert not list(sources[0].rglob("*.toml~"))
 
 
-def test_ctrl_c_leaves_it_running_and_the_same_command_joins(host: Host, sshd: Sshd) -> None:
-    said: list[str] = []
-
-    def press(line: str) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        jobs.train(host, host.wanted.machine, preset="demo", settings=LONG, on_line=press, say=said.append)
-    run = said[0].split()[0]
-    assert f"{run} goes on training on box" in said[-1]
-    assert "fab -H box attach" in said[-1]
-    assert f"systemctl stop metal-run-{run}" in said[-1]
-    wait_for(lambda: "tok/s" in log_of(sshd, run), "it to go on", 60)
-    with pytest.raises(ProvisionError, match=f"already training: {run}") as caught:
-        train(host, [*LONG, "train.seed=5"], [])
-    assert f"systemctl stop metal-run-{run}" in caught.value.hint
-    assert train(host, LONG, [], detach=True) == run
-    stop(sshd, run)
-    assert [path.name for path in sshd.path(RUNS).iterdir()] == [run]
-
-
 def test_a_stopped_run_has_saved_ends_well_and_can_go_on(host: Host, sshd: Sshd) -> None:
+    machine = host.wanted.machine
     run = train(host, LONG, [], detach=True)
     wait_for(lambda: "tok/s" in log_of(sshd, run), "a step", 60)
-    stop(sshd, run)
     lines: list[str] = []
-    assert jobs.attach(host, host.wanted.machine, on_line=lines.append) == run, "the last one"
+    assert jobs.stop(host, machine, on_line=lines.append, say=lines.append) == run, "the one at work"
     assert any("stopped at step" in line and "saved" in line for line in lines)
+    assert "saved. fab -H box resume" in lines[-1]
     assert list(sshd.path(f"{RUNS}/{run}/checkpoints").glob("step-*/manifest.json"))
-    again = train(host, [], [], resume=run, detach=True)
-    assert again == run
+    sent = host.traffic.bytes_sent
+    assert jobs.resume(host, machine, detach=True) == run, "the last one"
+    assert host.traffic.bytes_sent - sent < 10_000, "it goes on with the source it has"
     wait_for(lambda: log_of(sshd, run).count("model    GPT-2") == 2, "it to go on", 60)
-    stop(sshd, run)
+    jobs.stop(host, machine, run, on_line=lines.append)
     assert log_of(sshd, run).count("stopped at step") == 2, "the log is added to"
+    with pytest.raises(ProvisionError, match="There is no run nosuch on box"):
+        jobs.resume(host, machine, "nosuch")
 
 
 def test_a_failing_run_is_a_failure_with_its_last_lines(host: Host, sshd: Sshd) -> None:
@@ -142,15 +121,8 @@ def test_a_failing_run_is_a_failure_with_its_last_lines(host: Host, sshd: Sshd) 
     with pytest.raises(ProvisionError, match="failed with status 1") as caught:
         train(host, ["data.source=/nowhere"], lines)
     assert "/nowhere" in caught.value.message
-    assert f"{RUNS}/" in caught.value.hint
-
-
-def test_a_killed_run_is_reported(host: Host, sshd: Sshd) -> None:
-    run = train(host, LONG, [], detach=True)
-    wait_for(lambda: "tok/s" in log_of(sshd, run), "a step", 60)
-    sshd.inside("/run/bin/systemctl", "kill", f"metal-run-{run}")
-    with pytest.raises(ProvisionError, match="ended without an exit status"):
-        jobs.attach(host, host.wanted.machine, run, on_line=print)
+    assert "fab -H box logs" in caught.value.hint
+    assert len([line for line in lines if "/nowhere" in line]) == 1, "it was not tried again"
 
 
 def test_mistakes_are_found_before_anything_is_sent(host: Host) -> None:
@@ -160,19 +132,12 @@ def test_mistakes_are_found_before_anything_is_sent(host: Host) -> None:
     assert host.traffic.execs == 0
     with pytest.raises(ProvisionError, match="not the id of a run"):
         train(host, [], [], resume="../x")
+    with pytest.raises(ProvisionError, match="not the id of a run"):
+        train(host, [], [], name="a b")
     with pytest.raises(ProvisionError, match="There is no run nosuch on box"):
         train(host, [], [], resume="nosuch")
     with pytest.raises(ProvisionError, match="There is no run on box yet"):
         jobs.attach(host, host.wanted.machine)
-
-
-def test_a_machine_without_its_environment_is_told(
-    host: Host, sshd: Sshd, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jobs, "PYTHON", "/opt/metal/nothing/bin/python")
-    with pytest.raises(ProvisionError, match="no Python environment") as caught:
-        train(host, TINY, [])
-    assert caught.value.hint == "fab -H box provision"
 
 
 def test_nothing_is_trained_on_the_iso(sshd: Sshd) -> None:
@@ -182,22 +147,3 @@ def test_nothing_is_trained_on_the_iso(sshd: Sshd) -> None:
             train(session, TINY, [])
         with pytest.raises(ProvisionError, match="on the install ISO"):
             fetch_checkpoints(session, session.wanted.machine, Path("nowhere"))
-
-
-def test_the_hash_is_of_names_and_bytes() -> None:
-    files = {"a": b"1", "b": b"2"}
-    assert jobs.content_hash(files) == jobs.content_hash(dict(reversed(files.items())))
-    others = [
-        {"a": b"1"},
-        {"a": b"1", "b": b"3"},
-        {"a": b"1", "c": b"2"},
-        {"a": b"12", "b": b""},
-        {"a1": b"", "b": b"2"},
-    ]
-    assert len({jobs.content_hash(other) for other in [files, *others]}) == 6
-
-
-def test_the_package_is_sent_whole_and_clean() -> None:
-    names = set(jobs.package_files())
-    assert {"workload/__main__.py", "workload/presets/demo.toml", "workload/assets/vocab.bpe.xz"} <= names
-    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
