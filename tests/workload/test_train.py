@@ -458,6 +458,26 @@ def test_resume_is_exact_with_every_option(
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
+def test_a_checkpoint_from_before_there_was_a_guard_is_gone_on_from(config: Config, tmp_path: Path) -> None:
+    run(with_train(config, steps=4), tmp_path / "run")
+    saved = load(list_complete(tmp_path / "run" / "checkpoints")[-1])
+    old = {name: t for name, t in saved.optimizer.items() if not name.startswith(module.EXTRAS)}
+    assert {name.partition("/")[0] for name in old} == {"exp_avg", "exp_avg_sq", "step"}
+    assert {name.partition("/")[0] for name in saved.optimizer.keys() - old.keys()} == {
+        "guard",
+        "micro_batch",
+    }
+    this = opened(with_train(config, micro_batch=0), tmp_path / "run")
+    with this.metrics:
+        assert (len(this.guard.losses), this.micro_batch) == (4, 2)
+        this.guard, this.micro_batch = module.Guard(), 0
+        this.restore(dataclasses.replace(saved, optimizer=old))
+        assert (this.guard, this.micro_batch) == (module.Guard(), 0)
+        this.micro_batch = this._choose_micro_batch()
+        this.update()
+    this.close()
+
+
 def test_fp16_finds_its_scale_and_keeps_it(config: Config, tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = with_train(config, steps=60, lr=2e-2)
@@ -568,8 +588,9 @@ def test_the_pace_is_told_once_it_is_known(
     assert len(lines) == 2
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_the_plan_is_shortened_to_fit_the_time(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
 ) -> None:
     now = 0.0
     original = Run._accumulate
@@ -580,7 +601,9 @@ def test_the_plan_is_shortened_to_fit_the_time(
         return original(self)
 
     monkeypatch.setattr(Run, "_accumulate", accumulate)
-    config = with_train(config, steps=100, max_seconds=50.0, eval_every=40, sample_tokens=0)
+    config = with_train(
+        config, steps=100, max_seconds=50.0, eval_every=40, sample_tokens=0, schedule=schedule
+    )
     out = tmp_path / "run"
     stopped = run(config, out, clock=lambda: now, should_stop=lambda: now == 30)
     assert (stopped.step, stopped.steps) == (30, 50)
