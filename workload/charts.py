@@ -63,10 +63,11 @@ def render_chart(
     log: bool = False,
     show: Callable[[float], str] = "{:.4g}".format,
     axis: Axis = STEP,
+    from_zero: bool = False,
 ) -> str:
     """A figure with axes, gridlines and a legend, "" without a point to draw. `show` formats values of y.
 
-    With `log`, y must be above 0: what is not is left out.
+    With `log`, y must be above 0: what is not is left out. from_zero: the y axis begins there, so that noise looks small.
     """
     drawn = [(line, *_reduce(line, log)) for line in lines]
     drawn = [(line, x, y) for line, x, y in drawn if x.size]
@@ -74,7 +75,8 @@ def render_chart(
         return ""
     # Of all points, not of means: charts side by side agree.
     x_high = max(float(np.nanmax(line.x)) for line, _, _ in drawn) or 1.0
-    y_low, y_high = _bounds(np.concatenate([y for _, _, y in drawn]), log)
+    values = [y for _, _, y in drawn] + ([np.zeros(1)] if from_zero else [])
+    y_low, y_high = _bounds(np.concatenate(values), log)
 
     def place_x(x: Floats) -> Floats:
         return LEFT + x / x_high * (WIDTH - LEFT - RIGHT)
@@ -109,7 +111,8 @@ def render_chart(
             parts.append(
                 f'<circle class="{line.style}" cx="{a:.1f}" cy="{b:.1f}" r="3"><title>{tip}</title></circle>'
             )
-    legend = "".join(f'<span class="{line.style}">{escape(line.label)}</span>' for line, _, _ in drawn)
+    labels = [f'<span class="{line.style}">{escape(line.label)}</span>' for line, _, _ in drawn]
+    legend = "".join(labels) if len(labels) > 1 else ""
     scale = {
         "left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM, "width": WIDTH,
         "x": x_high / axis.size, "low": y_low, "high": y_high, "log": log, "axis": axis.name, "unit": axis.unit,

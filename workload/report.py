@@ -148,23 +148,8 @@ def median(values: Floats) -> float:
 
 
 def _tiles(record: Record) -> str:
+    """What a person asks first: how good, how far, how fast."""
     log, tiles = record.log, []
-    if record.starts:
-        tiles.append((f"{number(record.starts[-1], 'parameters'):,.0f}", "parameters"))
-    if log.steps["step"]:
-        step, tokens, elapsed_s = (log.steps[name][-1] for name in ("step", "tokens", "elapsed_s"))
-        asked = record.config.get("train", {}).get("steps", 0)
-        tiles += [
-            (f"{step:,.0f}", f"steps of {asked:,} asked for"),
-            (f"{tokens:,.0f}", "tokens seen"),
-            (f"{median(record.column('tokens_per_s')):,.0f}", "tokens/s, median"),
-            (format_duration(elapsed_s), "time"),
-        ]
-        mfu, memory = median(record.column("mfu")), record.column("memory_bytes")
-        if np.isfinite(mfu):
-            tiles.append((f"{mfu:.1%}", "MFU, median"))
-        if np.isfinite(memory).any():
-            tiles.append((f"{np.nanmax(memory) / 1e9:.1f} GB", "GPU memory, highest"))
     best = best_eval(log)
     if best is not None:
         first = log.evals[0]
@@ -178,10 +163,34 @@ def _tiles(record: Record) -> str:
                 f"bits per byte; {number(first, 'val_bits_per_byte'):.4f} at first",
             ),
         ]
+    if log.steps["step"]:
+        step, tokens, elapsed_s = (log.steps[name][-1] for name in ("step", "tokens", "elapsed_s"))
+        asked = record.config.get("train", {}).get("steps", 0)
+        tiles += [
+            (f"{step:,.0f}", f"steps of {asked:,} asked for"),
+            (format_count(tokens), "tokens seen"),
+            (f"{median(record.column('tokens_per_s')):,.0f}", "tokens/s, median"),
+            (format_duration(elapsed_s), "time"),
+        ]
+        mfu, memory = median(record.column("mfu")), record.column("memory_bytes")
+        if np.isfinite(mfu):
+            tiles.append((f"{mfu:.1%}", "MFU, median"))
+        if np.isfinite(memory).any():
+            tiles.append((f"{np.nanmax(memory) / 1e9:.1f} GB", "GPU memory, highest"))
+    if record.starts:
+        tiles.append((f"{number(record.starts[-1], 'parameters'):,.0f}", "parameters"))
     cells = "".join(
         f"<div class=tile><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in tiles
     )
     return f"<div class=tiles>{cells}</div>"
+
+
+def format_count(count: float) -> str:
+    """943.7 M; below ten million all digits."""
+    for size, unit in ((1e9, "G"), (1e6, "M")):
+        if count >= 10 * size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:,.0f}"
 
 
 def points(rows: Sequence[Row], key: str) -> tuple[Floats, Floats]:
@@ -220,10 +229,10 @@ def _charts(record: Record) -> list[str]:
             "Learning rate", "", [Line("lr", "a", steps, record.column("lr"))], show="{:.1e}".format
         ),
         render_chart("Gradient norm", "before clipping", each("grad_norm"), log=True),
-        render_chart("Speed", "tokens/s", each("tokens_per_s"), show=whole),
-        render_chart("MFU", "% of the device's peak", each("mfu", 100.0)),
+        render_chart("Speed", "tokens/s", each("tokens_per_s"), show=whole, from_zero=True),
+        render_chart("MFU", "% of the device's peak", each("mfu", 100.0), from_zero=True),
         *(
-            render_chart(title, unit, [Line(title, "a", steps, record.column(name) * scale)])
+            render_chart(title, unit, [Line(title, "a", steps, record.column(name) * scale)], from_zero=True)
             for title, unit, name, scale in (
                 ("GPU memory", "GB in use", "memory_bytes", 1e-9),
                 ("GPU temperature", "°C", "temperature_c", 1.0),
