@@ -305,13 +305,23 @@ class Fetcher:
         self._begin(unit)
         return self._fetching[unit].done()
 
-    def wait(self, unit: int) -> list[Path]:
-        """Where the files of a unit are; raises what fetching them raised."""
+    def take(self, unit: int) -> list[Path]:
+        """Where the files of a unit are; waits for them, and raises what fetching them raised."""
         if self._threads is None:
             folder = self._source.folder
             return [folder / file.name for file in self._units[unit] if folder is not None]
         self._begin(unit)
         return self._fetching.pop(unit).result()
+
+    def describe(self, unit: int) -> str:
+        """What is waited for."""
+        file = next((f for f in self._units[unit] if not place(self._downloads, f).exists()), None)
+        if file is None:
+            return ""
+        path = place(self._downloads, file)
+        part = path.with_name(f"{path.name}.part")
+        have = part.stat().st_size if part.exists() else 0
+        return f"downloading {file.name}, {have / 1e6:,.0f} of {file.size / 1e6:,.0f} MB"
 
     def _begin(self, unit: int) -> None:
         assert self._threads is not None

@@ -28,7 +28,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ from workload.tokenizer import count_bytes, load_tokenizer
 CHUNK_CHARS = 1 << 18  # text handed to the tokenizer at once
 REQUEST, JOURNAL, DOWNLOADS = "request.json", "journal.json", "downloads"
 FORMAT = 1  # of request.json and journal.json: another one begins again
+POLL_S = 0.2  # between two looks at a download that is waited for
 JOURNAL_S = 1.0  # between two journals: what a kill costs
 SPLITS = ("train", "val")
 Array = npt.NDArray[np.uint16]
@@ -103,6 +104,7 @@ class Seen:
     tokens: int  # written, in all
     new: int  # of these by this command
     resumed: float  # the fraction with which this command began
+    waiting: str = ""  # what for, if it is not making tokens
 
 
 @dataclass
@@ -150,9 +152,17 @@ def prepare(
         with _only_one(staging):
             if not (staging / META).exists():
                 opened = _begin_or_go_on(request, staging, note)
-                meta = _Preparation(request, opened, staging, skip_bad, threads, journal_s).run(
-                    note, watch, should_stop
-                )
+                meta = _Preparation(
+                    request,
+                    opened,
+                    staging,
+                    skip_bad,
+                    max(1, threads),
+                    journal_s,
+                    note=note,
+                    watch=watch,
+                    should_stop=should_stop,
+                ).run()
                 save_json(staging / META, meta)
             return _finish(staging, out)
 
@@ -261,14 +271,27 @@ def _finish(staging: Path, out: Path) -> dict[str, Any]:
     return load_meta(out)
 
 
+class _Stopped(Exception):
+    """A person asked for it."""
+
+
+@dataclass
 class _Preparation:
     """One command's work on a folder."""
 
-    def __init__(
-        self, request: Request, source: Source, staging: Path, skip_bad: bool, threads: int, journal_s: float
-    ) -> None:
-        self.request, self.source, self.staging, self.skip_bad = request, source, staging, skip_bad
-        self.threads, self.journal_s = max(1, threads), journal_s
+    request: Request
+    source: Source
+    staging: Path
+    skip_bad: bool
+    threads: int
+    journal_s: float
+    note: Callable[[str], None]
+    watch: Callable[[Seen], None]
+    should_stop: Callable[[], bool]
+    seen: Seen = Seen(0.0, 0, 0, 0.0)
+
+    def __post_init__(self) -> None:
+        source, staging, request = self.source, self.staging, self.request
         self.units = source.units(request.piece_bytes)
         self.unit = self.piece = 0  # what comes next
         self.counts: dict[str, int] = dict.fromkeys(
@@ -286,11 +309,9 @@ class _Preparation:
             split: ShardWriter(staging, split, request.shard_tokens, progress[split]) for split in SPLITS
         }
 
-    def run(
-        self, note: Callable[[str], None], watch: Callable[[Seen], None], should_stop: Callable[[], bool]
-    ) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         if self.resumed:
-            note(f"going on from {self._all():,} tokens, which are as they were written")
+            self.note(f"going on from {self._all():,} tokens, which are as they were written")
         results = self._results()
         written, had = time.monotonic(), self._all()
         begun_at: float | None = None
@@ -299,20 +320,23 @@ class _Preparation:
                 begun_at = fraction if begun_at is None else begun_at
                 self._write(encoded)
                 tokens = self._all()
-                watch(Seen(self._fraction(fraction), tokens, tokens - had, begun_at))
+                self.seen = Seen(self._fraction(fraction), tokens, tokens - had, begun_at)
+                self.watch(self.seen)
                 if self._is_full():
                     break
-                if self.source.files and should_stop():
-                    self._save_journal()
-                    raise WorkloadError(
-                        f"stopped after {self._all():,} tokens, which are kept",
-                        "the same command goes on",
-                    )
                 # The demo's only piece needs no journal: there is nothing to go on with after it.
-                if self.source.files and time.monotonic() - written >= self.journal_s:
-                    self._save_journal()
-                    written = time.monotonic()
+                if self.source.files:
+                    if self.should_stop():
+                        raise _Stopped
+                    if time.monotonic() - written >= self.journal_s:
+                        self._save_journal()
+                        written = time.monotonic()
             return self._close()
+        except _Stopped:
+            self._save_journal()
+            raise WorkloadError(
+                f"stopped after {self._all():,} tokens, which are kept", "the same command goes on"
+            ) from None
         finally:
             results.close()
             for writer in self.writers.values():
@@ -443,7 +467,12 @@ class _Preparation:
             for unit in range(first, len(self.units)):
                 if not fetcher.is_ready(unit):
                     yield None
-                paths = fetcher.wait(unit)
+                while not fetcher.is_ready(unit):
+                    self.watch(replace(self.seen, waiting=fetcher.describe(unit)))
+                    if self.should_stop():
+                        raise _Stopped
+                    time.sleep(POLL_S)
+                paths = fetcher.take(unit)
                 planned = list(
                     plan(
                         self.source,

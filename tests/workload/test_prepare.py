@@ -1,5 +1,6 @@
 """Text to shards: the same whatever the number of processes and whatever was interrupted."""
 
+import io
 import json
 import os
 import random
@@ -17,9 +18,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from workload.__main__ import main
+from workload.commands.prepare import Meter
 from workload.data import load_meta, load_split, render_header
 from workload.errors import WorkloadError
-from workload.prepare import find_shards, prepare
+from workload.prepare import Seen, find_shards, prepare
 from workload.sources import choose_split, load_plays
 from workload.tokenizer import decode, load_tokenizer
 
@@ -459,6 +461,26 @@ def test_verify_reads_everything(tmp_path: Path, rows: Path, capsys: pytest.Capt
     assert find_shards(str(out), tmp_path, tokenizer="bytes", val_fraction=0.1) == out  # sizes only
     assert main(["prepare", str(out), "--verify"]) == 1
     assert "train_000001.bin: sha256 is" in capsys.readouterr().err
+
+
+def test_the_meter_tells_the_rate_of_this_command_and_the_time_that_is_left() -> None:
+    for is_terminal in (False, True):
+        stream = io.StringIO()
+        stream.isatty = lambda is_terminal=is_terminal: is_terminal  # type: ignore[method-assign]
+        times = iter((0.0, 0.1, 20.0, 20.1, 40.0))  # begun, then asked at each
+        meter = Meter(stream, lambda times=times: next(times))  # type: ignore[misc]
+        for now, fraction in ((0.1, 0.5), (20.0, 0.6), (20.1, 0.61), (40.0, 0.7)):
+            meter(
+                Seen(
+                    fraction, 5000 + int(100 * now), int(100 * now), 0.5, "downloading x" if now == 40 else ""
+                )
+            )
+        if is_terminal:
+            assert stream.getvalue().startswith("\r 60.0%  7,000 tokens  100 tok/s  eta 1:20\x1b[K\r")
+        else:
+            assert stream.getvalue() == (
+                " 60.0%  7,000 tokens  100 tok/s  eta 1:20\n 70.0%  9,000 tokens  100 tok/s  eta 1:00  downloading x\n"
+            )
 
 
 def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

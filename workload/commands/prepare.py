@@ -3,8 +3,9 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from workload.commands.common import add_command, stop_on_signals
 from workload.errors import WorkloadError
@@ -70,7 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
         return verify(Path(arguments.source), arguments.tokenizer)
     if arguments.out is None:
         raise WorkloadError("--out is missing: the folder to make", "for example: --out data/NAME")
-    val_fraction = arguments.val_fraction or (0.01 if is_named(arguments.source) else 0.1)
+    val_fraction = arguments.val_fraction
+    if val_fraction is None:
+        val_fraction = 0.01 if is_named(arguments.source) else 0.1
     should_stop = stop_on_signals()
     meta = prepare(
         arguments.source,
@@ -82,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         column=arguments.text_column,
         skip_bad=arguments.skip_bad,
         note=lambda text: print(text, flush=True),
-        watch=Meter(),
+        watch=Meter(sys.stderr, time.monotonic),
         should_stop=should_stop,
     )
     for split in ("train", "val"):
@@ -117,26 +120,22 @@ def verify(folder: Path, tokenizer: str) -> int:
 class Meter:
     """How far it is and how long it will take: a line that moves on a terminal, one every 15 s elsewhere."""
 
-    def __init__(self) -> None:
-        self._begun = self._last = time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
+    def __init__(self, stream: TextIO, clock: Callable[[], float]) -> None:
+        self._stream, self._clock = stream, clock
+        self._begun = self._last = clock()
+        self._is_terminal = stream.isatty()
 
     def __call__(self, seen: "Seen") -> None:
         from workload.progress import format_duration
 
-        now = time.monotonic()
+        now = self._clock()
         if now - self._last < (0.2 if self._is_terminal else 15.0):
             return
         self._last = now
         done, elapsed = seen.fraction - seen.resumed, now - self._begun
         eta = format_duration(elapsed * (1 - seen.fraction) / done) if done > 0 else "?"
-        line = f"{seen.fraction:6.1%}  {seen.tokens:,} tokens  {seen.new / elapsed:,.0f} tok/s  eta {eta}"
-        print(
-            f"\r{line}\x1b[K" if self._is_terminal else line,
-            end="" if self._is_terminal else "\n",
-            file=sys.stderr,
-        )
-        sys.stderr.flush()
-        # Where the line moves the next thing printed begins over it.
-        if self._is_terminal:
-            print("\r", end="", file=sys.stderr)
+        line = f"{seen.fraction:6.1%}  {seen.tokens:,} tokens  {seen.new / elapsed:,.0f} tok/s  eta {eta}  {seen.waiting}"
+        if self._is_terminal:  # what is printed next begins over it
+            print(f"\r{line.rstrip()}\x1b[K\r", end="", file=self._stream, flush=True)
+        else:
+            print(line.rstrip(), file=self._stream, flush=True)
