@@ -11,7 +11,6 @@ from workload.model import GPT2, Cache
 from workload.tokenizer import Tokenizer
 
 
-@torch.no_grad()
 def generate(
     model: GPT2,
     prompt: Sequence[int],
@@ -21,50 +20,101 @@ def generate(
     seed: int,
     temperature: float = 0.8,
     top_k: int = 200,
+    top_p: float = 1.0,
     dtype: torch.dtype = torch.float32,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[int]:
-    """Yield `count` tokens that follow `prompt` (at least one token), fewer when told to stop.
+    """Yield `count` tokens that follow `prompt` (at least one token), fewer when told to stop. As `generate_several`."""
+    rows = generate_several(
+        model,
+        prompt,
+        count,
+        samples=1,
+        n_vocab=n_vocab,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        dtype=dtype,
+        should_stop=should_stop,
+    )
+    return (row[0] for row in rows)
 
-    temperature 0 takes the likeliest token; top_k 0 considers all. Rows of the embedding from `n_vocab` on belong to
-    no token and are never drawn. Draws come from a generator of their own, so sampling during training changes
-    nothing. When the context is full its older half is forgotten.
+
+@torch.no_grad()
+def generate_several(
+    model: GPT2,
+    prompt: Sequence[int],
+    count: int,
+    *,
+    samples: int,
+    n_vocab: int,
+    seed: int,
+    temperature: float = 0.8,
+    top_k: int = 200,
+    top_p: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[list[int]]:
+    """Yield `count` times the next token of each of `samples` texts that go on from the same `prompt`, as one batch.
+
+    temperature 0 takes the likeliest token; top_k 0 and top_p 1 consider all (see `draw`). Rows of the embedding from
+    `n_vocab` on belong to no token and are never drawn. Sample i has the draws of seed + i, from a generator of its
+    own, so sampling during training changes nothing. When the context is full its older half is forgotten.
     """
     device = model.wte.weight.device
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
+    if device.type == "cpu":
+        # A token multiplies each weight once or a few times: turning all of them into bf16 before costs more than that.
+        dtype = torch.float32
+    # on the CPU: the same draws on every device
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(samples)]
     n_ctx = model.config.n_ctx
-    tokens = list(prompt)[-n_ctx:]
+    tokens = [list(prompt)[-n_ctx:]] * samples
     cache: Cache | None = None
-    fresh = tokens
+    fresh = tokens[:1]  # the prompt goes through the network once, however many go on from it
     training = model.training
     model.eval()
     try:
         for _ in range(count):
             if should_stop():
                 return
-            if cache is None or cache.length + len(fresh) > n_ctx:
-                fresh = tokens = tokens[-n_ctx:] if cache is None else tokens[-(n_ctx // 2 or 1) :]
-                cache = Cache(model.config, 1, device=device, dtype=dtype)
+            if cache is None or cache.length + len(fresh[0]) > n_ctx:
+                if cache is not None:
+                    fresh = tokens = [row[-(n_ctx // 2 or 1) :] for row in tokens]
+                cache = Cache(model.config, len(fresh), device=device, dtype=dtype)
             with autocast(device, dtype):
-                x = model.hidden(torch.tensor([fresh], device=device), cache)
-                logits = model.head(x[:, -1])[0, :n_vocab].float().cpu()
-            token = draw(logits, temperature, top_k, generator)
-            fresh = [token]
-            tokens.append(token)
-            yield token
+                x = model.hidden(torch.tensor(fresh, device=device), cache)
+                logits = model.head(x[:, -1])[:, :n_vocab].float().cpu()
+            if len(fresh) < samples:
+                logits = logits.expand(samples, -1)
+                cache = cache.repeat(samples)
+            drawn = [
+                draw(row, temperature, top_k, top_p, generator)
+                for row, generator in zip(logits, generators, strict=True)
+            ]
+            fresh = [[token] for token in drawn]
+            tokens = [row + new for row, new in zip(tokens, fresh, strict=True)]
+            yield drawn
     finally:
         model.train(training)
 
 
-def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """One token number from logits (V,)."""
+def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
+    """One token number from logits (V,).
+
+    Of the top_k likeliest tokens (0: all), those that together have at least top_p of the probability, as few as
+    do: the nucleus of Holtzman et al. 2019, arXiv 1904.09751, section 3.1.
+    """
     if temperature == 0:
         return int(logits.argmax())
-    logits = logits / temperature
-    if 0 < top_k < logits.numel():
-        lowest = logits.topk(top_k).values[-1]
-        logits = logits.masked_fill(logits < lowest, float("-inf"))
-    return int(torch.multinomial(logits.softmax(0), 1, generator=generator))
+    is_cut = 0 < top_k < logits.numel()
+    if not is_cut and top_p >= 1:
+        return int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
+    largest, tokens = logits.topk(top_k) if is_cut else logits.sort(descending=True)
+    p = (largest / temperature).softmax(0)
+    if top_p < 1:
+        p = p.where(p.cumsum(0) - p < top_p, 0.0)  # the likeliest always stays: nothing is before it
+    return int(tokens[torch.multinomial(p, 1, generator=generator)])
 
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

@@ -34,8 +34,16 @@ class Cache:
 
     def __init__(self, config: ModelConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> None:
         shape = (config.n_layer, 2, batch, config.n_head, config.n_ctx, config.n_embd // config.n_head)
-        self._store = torch.zeros(shape, device=device, dtype=dtype)
+        self._store = torch.empty(shape, device=device, dtype=dtype)  # what is not written yet is never read
+        self._config = config
         self.length = 0
+
+    def repeat(self, batch: int) -> "Cache":
+        """The tokens of this cache's only sequence, `batch` times."""
+        copies = Cache(self._config, batch, device=self._store.device, dtype=self._store.dtype)
+        copies.length = self.length
+        copies._store[..., : self.length, :] = self._store[..., : self.length, :]
+        return copies
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, H, T, D) after the tokens in use; returns all, (B, H, P + T, D)."""

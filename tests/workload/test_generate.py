@@ -3,7 +3,7 @@
 import torch
 
 from tests.workload.conftest import TINY
-from workload.generate import draw, generate, stream_text
+from workload.generate import draw, generate, generate_several, stream_text
 from workload.model import GPT2
 from workload.tokenizer import load_tokenizer
 
@@ -56,14 +56,45 @@ def test_temperature_and_top_k() -> None:
     logits = torch.tensor([0.0, 2.0, 1.0, -1.0])
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(temperature: float, top_k: int) -> set[int]:
-        return {draw(logits, temperature, top_k, generator) for _ in range(300)}
+    def drawn(temperature: float, top_k: int, top_p: float = 1.0) -> set[int]:
+        return {draw(logits, temperature, top_k, top_p, generator) for _ in range(300)}
 
     assert drawn(0.0, 0) == {1}
     assert drawn(1.0, 2) == {1, 2}
     assert drawn(1.0, 1) == {1}
     assert drawn(1.0, 0) == drawn(1.0, 9) == {0, 1, 2, 3}
     assert drawn(0.05, 0) == {1}
+    # probabilities 0.087 0.644 0.237 0.032: the nucleus of 0.7 is two tokens, of 0.9 three
+    assert drawn(1.0, 0, 0.001) == drawn(1.0, 0, 0.64) == {1}
+    assert drawn(1.0, 0, 0.65) == drawn(1.0, 0, 0.88) == {1, 2}
+    assert drawn(1.0, 0, 0.9) == {0, 1, 2}
+    assert drawn(1.0, 2, 0.9) == {1, 2}  # of two tokens the likelier has 0.73
+
+
+def test_draws_have_the_frequencies_of_the_softmax() -> None:
+    logits = torch.tensor([0.0, 2.0, 1.0, -1.0])
+    generator = torch.Generator().manual_seed(0)
+    for top_k, kept in ((0, [0, 1, 2, 3]), (2, [1, 2])):
+        counts = torch.zeros(4)
+        for _ in range(4000):
+            counts[draw(logits, 0.5, top_k, 1.0, generator)] += 1
+        expected = torch.zeros(4)
+        expected[kept] = (logits[kept] / 0.5).softmax(0)
+        torch.testing.assert_close(counts / 4000, expected, rtol=0, atol=0.03)
+
+
+def test_several_samples_at_once_are_those_of_their_seeds_alone() -> None:
+    model = make()
+    several = list(
+        generate_several(model, [1, 2, 3], 40, samples=3, n_vocab=257, seed=5, temperature=1.0, top_p=0.9)
+    )
+    assert [len(row) for row in several] == [
+        3
+    ] * 40  # n_ctx is 16: the older half was forgotten several times
+    for i in range(3):
+        alone = list(generate(model, [1, 2, 3], 40, n_vocab=257, seed=5 + i, temperature=1.0, top_p=0.9))
+        assert [row[i] for row in several] == alone
+    assert len({tuple(row[i] for row in several) for i in range(3)}) == 3
 
 
 def test_it_ends_when_told_to() -> None:
