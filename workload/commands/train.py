@@ -1,7 +1,9 @@
 """python -m workload train."""
 
 import argparse
+import os
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,8 @@ from workload.errors import WorkloadError
 
 if TYPE_CHECKING:
     from workload.commands.common import Commands
+    from workload.config import Config
+    from workload.parallel import World
 
 
 def add(commands: "Commands") -> None:
@@ -40,25 +44,92 @@ def add(commands: "Commands") -> None:
         action="store_true",
         help="go on from the newest checkpoint of --out, or of the newest run; naming the same --out does so too",
     )
+    command.add_argument(
+        "--compile",
+        default="auto",
+        choices=("auto", "on", "off"),
+        help="torch.compile of the training step; auto: on a GPU",
+    )
+    command.add_argument(
+        "--nproc-per-node",
+        metavar="N",
+        help="train in N processes under torchrun, one a GPU (gpu: as many as there are); for several machines use "
+        "torchrun itself: torchrun --nnodes … -m workload train …",
+    )
+    command.add_argument(
+        "--parallel",
+        default="",
+        choices=("ddp", "fsdp"),
+        help="of several processes: each holds the whole model (ddp, default) or a part of it (fsdp)",
+    )
     add_device(command)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from workload.metrics import load_rows
-    from workload.progress import format_duration, make_reporter
-    from workload.report import save_report
+    """In this process, or in several: started here under torchrun, or this one of those that torchrun started."""
+    from workload.launch import is_worker, launch
+
+    if is_worker(os.environ):
+        return run_rank(arguments)
+    if arguments.nproc_per_node in (None, "1"):
+        if arguments.parallel:
+            raise WorkloadError(
+                f"--parallel {arguments.parallel} is for several processes",
+                "say how many with --nproc-per-node, or leave it out",
+            )
+        from workload.parallel import ALONE
+
+        return run_training(arguments, ALONE, stop_on_signals())
+    out, _ = choose_run(arguments)  # errors are told once, before anything starts
+    argv = arguments.argv if arguments.out else [*arguments.argv, "--out", str(out)]
+    return launch(argv, arguments.nproc_per_node)
+
+
+def choose_run(arguments: argparse.Namespace) -> "tuple[Path, Config]":
+    """Its folder and configuration."""
     from workload.runs import find_newest, name_run, resolve_config
-    from workload.train import train
 
     out: Path = arguments.out or (
         find_newest(RUNS) if arguments.resume else name_run(RUNS, arguments.preset or "demo", datetime.now())
     )
     if arguments.resume and not (out / "config.toml").exists():
         raise WorkloadError(f"{out}: there is no run to resume", "leave out --resume to begin one there")
-    config = resolve_config(out, arguments.preset, arguments.set)
-    should_stop = stop_on_signals()
+    return out, resolve_config(out, arguments.preset, arguments.set)
+
+
+def run_rank(arguments: argparse.Namespace) -> int:
+    """One of the processes that torchrun started."""
+    from workload.device import choose_device
+    from workload.launch import rank_of_launch
+    from workload.parallel import joined, local_device, local_threads, read_world
+
+    world = read_world(os.environ, arguments.parallel)
+    arguments.device = local_device(arguments.device, world)
+    arguments.threads = arguments.threads or local_threads(os.environ)
+    with rank_of_launch(os.environ) as should_stop, joined(world, choose_device(arguments.device)):
+        return run_training(arguments, world, should_stop)
+
+
+def run_training(arguments: argparse.Namespace, world: "World", should_stop: Callable[[], bool]) -> int:
+    """Train, and say what came of it; of several processes rank 0 does the talking."""
+    from workload.compile import compile_loss
+    from workload.metrics import load_rows
+    from workload.progress import Reporter, format_duration, make_reporter
+    from workload.report import save_report
+    from workload.train import train
+
+    chosen = world.first(choose_run(arguments) if world.is_first else None)
+    assert chosen is not None
+    out, config = chosen
     device, dtype, threads = prepare_device(arguments)
-    with make_reporter(time.monotonic, config.train.log_every) as reporter:
+    with (
+        open(os.devnull, "w") as nowhere,
+        (
+            make_reporter(time.monotonic, config.train.log_every)
+            if world.is_first
+            else Reporter(nowhere, time.monotonic, config.train.log_every)
+        ) as reporter,
+    ):
         state = train(
             config,
             out,
@@ -67,7 +138,11 @@ def run(arguments: argparse.Namespace) -> int:
             threads=threads,
             reporter=reporter,
             should_stop=should_stop,
+            make_loss=lambda model: compile_loss(model.loss, arguments.compile, device, reporter.note),
+            world=world,
         )
+    if not world.is_first:
+        return 0
     report = save_report(out)
     if state.step < state.steps or should_stop():
         print(f"stopped at step {state.step} of {state.steps}, saved; go on with")
