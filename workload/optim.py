@@ -65,8 +65,9 @@ def make_optimizer(model: nn.Module, train: TrainConfig) -> Optimizers:
     """As `train.optimizer` says. AdamW's update is fused into one pass over the weights on CPU and CUDA.
 
     Muon makes each matrix's mean gradient orthogonal, so that all its directions learn at one pace (Jordan et al.
-    2024); the rate of a matrix of (out, in) is scaled by √max(1, out / in) as in its first publication. It decays
-    weights by its own rate.
+    2024); the rate of a matrix of (out, in) is scaled by √max(1, out / in) as in its first publication, with which one
+    rate serves all widths. Its weights decay as AdamW's do, in units of lr: in units of its own rate, which is some ten
+    times larger, they would shrink faster than they learn.
     """
     decayed, kept = decay_groups(model)
     hidden = hidden_matrices(model) if train.optimizer == "muon" else {}
@@ -91,7 +92,7 @@ def make_optimizer(model: nn.Module, train: TrainConfig) -> Optimizers:
         list(hidden.values()),
         lr=train.muon_lr,
         momentum=train.muon_momentum,
-        weight_decay=train.weight_decay,
+        weight_decay=train.weight_decay * train.lr / train.muon_lr,
     )
     muon.param_groups[0]["peak"] = train.muon_lr / train.lr
     return Optimizers(adamw, muon)

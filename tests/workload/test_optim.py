@@ -62,7 +62,8 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     assert {id(p) for p in muon.param_groups[0]["params"]} == {id(p) for p in hidden.values()}
     owned = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(id(p) for p in model.parameters())  # each once
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0, 0.3]
+    # by 0.3 · 1e-2 a step at the peak, whichever optimizer has them
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.3, 0.0, 0.06])
     assert muon.param_groups[0]["momentum"] == 0.9
     optimizer.set_rate(0.5e-2)  # halfway down from lr
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5e-2, 0.5e-2, 0.025])
