@@ -4,15 +4,15 @@ import argparse
 import os
 import sys
 
-from workload.commands import evaluate, explain, export, import_, prepare, report, sample, train
+from workload.commands import bench, evaluate, explain, export, import_, prepare, report, sample, train
 from workload.errors import WorkloadError
 
-COMMANDS = (train, prepare, sample, evaluate, export, import_, explain, report)
+COMMANDS = (train, prepare, sample, evaluate, export, import_, explain, report, bench)
 
 
 def main(argv: list[str]) -> int:
     """Run one command; 0, or 1 after one readable error."""
-    arguments = make_parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv, argparse.Namespace(argv=argv))
     # Read by OpenMP when torch is loaded. Threads that spin while they wait for each other take the cores from those
     # that they wait for when anything else runs: measured, 3.1 s a step instead of 0.07 s on two busy cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

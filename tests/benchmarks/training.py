@@ -128,7 +128,7 @@ def _commit(path: Path) -> str:
 def race(
     task: Task, folders: dict[str, Path], rounds: int, threads: int
 ) -> dict[str, list[dict[str, float]]]:
-    """Contestant → what each of its turns gave: seconds a unit, and the loss after it."""
+    """Contestant → what each of its turns gave: seconds and processor seconds a unit, and the loss after it."""
     who = [name for name in task.who if name in folders]
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in who}
     with ExitStack() as stack:
@@ -139,7 +139,10 @@ def race(
             order = who[turn % len(who) :] + who[: turn % len(who)]
             for name in order:
                 turns[name].append(ask(workers[name], task.units))
-            told = ", ".join(f"{NAMES[name]} {turns[name][-1]['seconds']:.3f} s" for name in who)
+            told = ", ".join(
+                f"{NAMES[name]} {turns[name][-1]['seconds']:.3f} s ({turns[name][-1]['cpu']:.3f})"
+                for name in who
+            )
             print(f"{task.name}, round {turn + 1}: {told}", file=sys.stderr, flush=True)
     return turns
 
@@ -377,6 +380,12 @@ def render(
                 lines.append(
                     f"- {task.name}, at least {target:g} times {NAMES[who]}'s speed: {verdict}, {seen:.2f}"
                 )
+    lines += ["", "## How many times the processor time, which other programs disturb less", ""]
+    lines.append("| | " + " | ".join(task.name for task, _ in results) + " |")
+    lines.append("|---" * (len(results) + 1) + "|")
+    for who in others:
+        cells = [_spread(_ratios(turns, who, "cpu"), 2) if who in turns else "-" for _, turns in results]
+        lines.append(f"| {NAMES[who]} | " + " | ".join(cells) + " |")
     lines += ["", "## Tokens a second", "", "| | " + " | ".join(task.name for task, _ in results) + " |"]
     lines.append("|---" * (len(results) + 1) + "|")
     for who in ["ours", *others]:
@@ -404,10 +413,8 @@ def render(
     return "\n".join(lines) + "\n"
 
 
-def _ratios(turns: dict[str, list[dict[str, float]]], who: str) -> list[float]:
-    return [
-        theirs["seconds"] / ours["seconds"] for theirs, ours in zip(turns[who], turns["ours"], strict=True)
-    ]
+def _ratios(turns: dict[str, list[dict[str, float]]], who: str, measure: str = "seconds") -> list[float]:
+    return [theirs[measure] / ours[measure] for theirs, ours in zip(turns[who], turns["ours"], strict=True)]
 
 
 def _spread(values: list[float], digits: int) -> str:
