@@ -1,14 +1,16 @@
 """The tasks: load, gather, plan, show, apply. `fab --list` names them, `fab --help TASK` explains one."""
 
+import webbrowser
 from pathlib import Path
 
 from fabric.main import program
 from invoke.context import Context
 from invoke.tasks import task
 
-from provision import fetch, flow, inspection, jobs
+from provision import fetch, flow, inspection, jobs, status
+from provision import watch as watching
 from provision.apply import gather_facts
-from provision.console import dial, here, key_files, load, named, pins, readable
+from provision.console import about, at, dial, here, key_files, load, named, pins, readable
 from provision.find import unlock_machine
 from provision.machine import known_machines, load_stranger, machines_folder
 from provision.parallel import Executor, screen
@@ -16,37 +18,25 @@ from provision.seed import describe_seed, load_keys, save_seed
 from provision.system.inventory import describe_disks
 
 program.executor_class = Executor  # several machines at once, and one that fails does not stop the others
-WIPE = "serial of the disk that may lose all it holds; of several machines: S1,S2, each for its own disk only"
-REACH = {
-    "fingerprint": "of the ISO's host key, SHA256:…, as `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` shows it on its console",
-    "address": "where the machine answers now; kept in machines/NAME.local.toml",
-}
 
 
-SWEEP = "after the reboot, look for it by its host key in its whole subnet too, without asking anybody"
-
-
-@task(help={"wipe": WIPE, "sweep": SWEEP, **REACH})
-def provision(
-    c: Context, wipe: str = "", fingerprint: str = "", address: str = "", sweep: bool = False
-) -> None:
+@task(help=about("wipe", "sweep", "fingerprint", "address"))
+def provision(c: Context, wipe: str = "", fingerprint: str = "", address: str = "", sweep: bool = False) -> None:  # fmt: skip
     """Install Arch, the NVIDIA stack and the Python environment; reboot; find the machine again; verify.
 
     From the live ISO, or on an installed machine to mend what differs. Run it again after any failure.
     """
-    with readable():
-        machine = load(c, address)
-        host, to = dial(c, machine, fingerprint), screen()
-        with flow.provision_machine(machine, host, pins(), wipe, to.console, to.ask, sweep=sweep) as host:
-            to.console.print(f"[dim]Since it was last dialled: {host.traffic}[/]", highlight=False)
+    with at(c, fingerprint, address) as (host, machine, to):
+        end = flow.provision_machine(machine, host, pins(), wipe, to.console, to.ask, sweep=sweep)
+        to.console.print(f"[dim]Since it was last dialled: {end.traffic}[/]", highlight=False)
+        end.close()
 
 
-@task(help=REACH)
+@task(help=about("fingerprint", "address"))
 def plan(c: Context, fingerprint: str = "", address: str = "") -> None:
     """Show what provision would do, and what it would destroy. Changes nothing."""
-    with readable():
-        machine = load(c, address)
-        flow.show_plan(machine, dial(c, machine, fingerprint), screen().console)
+    with at(c, fingerprint, address) as (host, machine, to):
+        flow.show_plan(machine, host, to.console)
 
 
 @task(positional=["name"], help={"name": "of the machine", "out": "the image; by default NAME-seed.iso"})
@@ -59,7 +49,7 @@ def seed(c: Context, name: str, out: str = "") -> None:
         print(describe_seed(machine, made, has_file=name in known_machines(machines_folder())))
 
 
-@task(help={"address": REACH["address"]})
+@task(help=about("address"))
 def unlock(c: Context, address: str = "") -> None:
     """Wait until a machine runs that was switched on; give it the passphrase of its disk (disk.unlock = "ssh")."""
     with readable():
@@ -68,7 +58,7 @@ def unlock(c: Context, address: str = "") -> None:
         screen().say(f"{machine.name} runs its {host.system} system at {host.address}.")
 
 
-@task(help={"name": "of the machine, where -H gives its address instead", **REACH})
+@task(help={"name": "of the machine, where -H gives its address instead", **about("fingerprint", "address")})
 def inspect(c: Context, name: str = "", fingerprint: str = "", address: str = "") -> None:
     """Draft machines/NAME.toml from what the machine has, of which nothing is changed. An existing file stays as it is."""
     with readable():
@@ -77,46 +67,84 @@ def inspect(c: Context, name: str = "", fingerprint: str = "", address: str = ""
         screen().console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-@task(help=REACH)
+@task(help=about("fingerprint", "address"))
 def disks(c: Context, fingerprint: str = "", address: str = "") -> None:
     """List the machine's disks with serial, size and what is on them, for disk.serial of the machine file."""
-    with readable():
-        machine = load(c, address, need_disk=False)
-        text = describe_disks(gather_facts(dial(c, machine, fingerprint)))
-        screen().console.print(text, highlight=False, markup=False)
+    with at(c, fingerprint, address, need_disk=False) as (host, _, to):
+        to.console.print(describe_disks(gather_facts(host)), highlight=False, markup=False)
 
 
-TRAIN = {
-    "preset": "one of workload/presets",
-    "set": "key=value of the configuration; may be repeated",
-    "detach": "start it, do not follow it",
-    "resume": "id of a run that ended: it goes on from its latest checkpoint",
-}
+@task(iterable=["set"], help=about("preset", "data", "name", "set", "detach", "resume", "share"))
+def train(
+    c: Context, set: list[str], preset: str = "demo", data: str = "", name: str = "", resume: str = "",
+    detach: bool = False, share: bool = False,
+) -> None:  # fmt: skip
+    """Check the machine, send workload and data, train as a unit that survives reboots, follow it (until Ctrl-C)."""
+    with at(c) as (host, machine, to):
+        jobs.train(host, machine, preset=preset, name=name, data=data, settings=set, resume=resume, detach=detach,
+                   share=share, on_line=to.say, say=to.say)  # fmt: skip
 
 
-@task(iterable=["set"], help=TRAIN)
-def train(c: Context, set: list[str], preset: str = "demo", detach: bool = False, resume: str = "") -> None:
-    """Send the workload, start a training run as a systemd unit, follow it. Ctrl-C leaves it running."""
-    with readable():
-        machine = load(c)
-        say, host = screen().say, dial(c, machine)
-        jobs.train(
-            host, machine, preset=preset, settings=set, detach=detach, resume=resume, on_line=say, say=say
-        )
+@task
+def runs(c: Context) -> None:
+    """Show the runs of a machine: state, step, loss, tokens/s, time left, GPU, disk."""
+    with at(c) as (host, machine, to):
+        to.console.print(status.show_runs(host, machine), highlight=False)
 
 
-@task(help={"run": "its id; by default the one that runs, or ran last"})
+@task(help=about("run"))
 def attach(c: Context, run: str = "") -> None:
     """Follow a training run that was started before. Ctrl-C leaves it running."""
-    with readable():
-        machine = load(c)
-        jobs.attach(dial(c, machine), machine, run, on_line=screen().say, say=screen().say)
+    with at(c) as (host, machine, to):
+        jobs.attach(host, machine, run, on_line=to.say, say=to.say)
 
 
-@task(help={"run": "its id; by default every run"})
-def fetch_checkpoints(c: Context, run: str = "") -> None:
+@task(help=about("run", "lines"))
+def logs(c: Context, run: str = "", lines: int = 50) -> None:
+    """Print the last lines of a run's log."""
+    with at(c) as (host, machine, to):
+        jobs.logs(host, machine, run, lines, on_line=to.say)
+
+
+@task(help=about("run", "now"))
+def stop(c: Context, run: str = "", now: bool = False) -> None:
+    """End a run: it saves first, and this waits for it."""
+    with at(c) as (host, machine, to):
+        jobs.stop(host, machine, run, now=now, on_line=to.say, say=to.say)
+
+
+@task(help=about("run", "detach"))
+def resume(c: Context, run: str = "", detach: bool = False) -> None:
+    """Let a run that ended go on from its latest checkpoint, as it was begun; follow it."""
+    with at(c) as (host, machine, to):
+        jobs.resume(host, machine, run, detach=detach, on_line=to.say, say=to.say)
+
+
+@task(help=about("prompt", "run", "tokens"))
+def sample(c: Context, prompt: str, run: str = "", tokens: int = 200) -> None:
+    """Let a run's best model go on from a prompt, on the machine."""
+    with at(c) as (host, machine, to):
+        jobs.sample(host, machine, prompt, run, tokens, say=to.say)
+
+
+@task(help=about("run", "open"))
+def report(c: Context, run: str = "", open: bool = False) -> None:
+    """Fetch a run's report, made anew: one HTML page; print where it is."""
+    with at(c) as (host, machine, to):
+        show = webbrowser.open if open else None
+        jobs.report(host, machine, Path("checkpoints") / machine.name, run, show=show, say=to.say)
+
+
+@task(help={"run": "its id", "yes": "ask nothing"})
+def remove(c: Context, run: str, yes: bool = False) -> None:
+    """Take a run away from the machine, checkpoints and all; what was fetched stays. One at work is refused."""
+    with at(c) as (host, machine, to):
+        jobs.remove(host, machine, run, yes=yes, ask=to.ask, say=to.say)
+
+
+@task(help={"run": "its id; by default every run", **about("which", "watch")})
+def fetch_checkpoints(c: Context, run: str = "", which: str = "all", watch: bool = False) -> None:
     """Bring home the complete checkpoints, metrics and reports: verified, into checkpoints/NAME."""
-    with readable():
-        machine = load(c)
-        home = Path("checkpoints") / machine.name
-        fetch.fetch_checkpoints(dial(c, machine), machine, home, run, say=screen().say)
+    with at(c) as (host, machine, to):
+        bring = watching.watch if watch else fetch.fetch_checkpoints
+        bring(host, machine, Path("checkpoints") / machine.name, run, which, say=to.say)

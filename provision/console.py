@@ -14,7 +14,45 @@ from provision.find import unlock_machine
 from provision.host import Host, connect
 from provision.machine import Machine, at_address, keep_address, known_machines, load_machine, machines_folder
 from provision.nearby import find_by_name
-from provision.parallel import screen
+from provision.parallel import Screen, screen
+
+HELP = {
+    "wipe": "serial of the disk that may lose all it holds; of several machines: S1,S2, each for its own disk only",
+    "sweep": "after the reboot, look for it by its host key in its whole subnet too, without asking anybody",
+    "fingerprint": "of the ISO's host key, SHA256:…, as `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` shows it on its console",
+    "address": "where the machine answers now; kept in machines/NAME.local.toml",
+    "preset": "one of workload/presets",
+    "data": "what to train on: a file or folder here, which is sent once; demo; or a name that `python -m workload prepare` knows, made there",
+    "name": "what the run's id ends in; by default the preset",
+    "set": "key=value of the configuration; may be repeated",
+    "detach": "start it, do not follow it",
+    "resume": "id of a run that ended: it goes on from its latest checkpoint, with the settings and the source of now",
+    "share": "beside another run, or with a GPU that somebody uses",
+    "run": "its id; by default the one at work, or the last one",
+    "lines": "how many",
+    "now": "without saving: what was done since the last checkpoint is lost",
+    "prompt": "the text to go on from",
+    "tokens": "how many to add",
+    "open": "in the browser, too",
+    "which": "latest, best, all (of those that the machine keeps), or a step",
+    "watch": "keep fetching what is saved until the run has ended",
+}
+
+
+def about(*options: str) -> dict[str, str]:
+    """What --help says of these options."""
+    return {option: HELP[option] for option in options}
+
+
+@contextmanager
+def at(
+    c: Context, fingerprint: str = "", address: str = "", *, need_disk: bool = True
+) -> Iterator[tuple[Host, Machine, Screen]]:
+    """The machine that -H names: an open session, its file, where its output goes. Errors are made readable."""
+    with readable():
+        machine = load(c, address, need_disk)
+        with dial(c, machine, fingerprint) as host:
+            yield host, machine, screen()
 
 
 @contextmanager

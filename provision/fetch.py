@@ -9,6 +9,7 @@ One exec lists what the host has. Where nothing is missing, that is all. What th
 it is used as a path: it may be anything.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -41,7 +42,7 @@ RSYNC_PARTIAL = (
 
 Say = Callable[[str], object]
 
-# One line a fact: run ID, file NAME BYTES SHA256, pointer NAME VALUE, manifest CHECKPOINT BASE64. The pointers
+# One line a fact: run ID, at-work, file NAME BYTES SHA256, pointer NAME VALUE, manifest CHECKPOINT BASE64. The pointers
 # are read before the manifests: so what a pointer names was complete. Names that cannot be valid are left out.
 LIST = r"""
 cd ~
@@ -51,6 +52,11 @@ for run in ${only:-*}; do
   case "$run" in *[!A-Za-z0-9._-]*) continue;; esac
   [ -d "$run" ] || continue
   echo "run $run"
+  if [ ! -e "$run/status" ]; then
+    case "$(systemctl is-active "metal-run-$run.service" || true)" in
+      active|activating|deactivating|reloading) echo at-work;;
+    esac
+  fi
   for name in $beside; do
     [ -f "$run/$name" ] || continue
     sum=$(sha256sum <"$run/$name")
@@ -103,6 +109,16 @@ class Run:
     files: dict[str, Piece] = field(default_factory=dict)
     pointers: dict[str, str] = field(default_factory=dict)
     checkpoints: dict[str, Listed] = field(default_factory=dict)
+    at_work: bool = False
+
+    def chosen(self, which: str) -> list[Listed]:
+        """Those that `which` means: all, latest, best, or a step. A run without that pointer gives its newest."""
+        if which == "all":
+            return list(self.checkpoints.values())
+        name = f"step-{int(which):08d}" if which.isdecimal() else self.pointers.get(which, "")
+        if name not in self.checkpoints and not which.isdecimal():
+            name = max(self.checkpoints, default="")
+        return [listed for listed in self.checkpoints.values() if listed.name == name]
 
 
 @dataclass(frozen=True)
@@ -125,6 +141,7 @@ class Fetched:
     here: int
     execs: int
     bytes_received: int
+    at_work: bool = False  # a run that was asked for trains on
 
 
 def parse_manifest(data: bytes) -> dict[str, Piece]:
@@ -156,6 +173,8 @@ def parse_listing(text: str) -> Listing:
         match line.split(" "):
             case ["run", name] if FILE.fullmatch(name):
                 run = runs.setdefault(name, Run(name))
+            case ["at-work"]:
+                run.at_work = True
             case ["file", name, size, sha256] if (
                 name in BESIDE and size.isdigit() and SHA256.fullmatch(sha256)
             ):
@@ -194,44 +213,59 @@ def matches(path: Path, piece: Piece) -> bool:
 
 
 def fetch_checkpoints(
-    host: Host, machine: Machine, destination: Path, run: str = "", *, say: Say = print
+    host: Host, machine: Machine, destination: Path, run: str = "", which: str = "all", *, say: Say = print
 ) -> Fetched:
     """Bring what is complete on the host and missing below `destination`; of one run, or of all.
+
+    `which`: all, latest, best, or a step.
 
     A checkpoint appears under its name only when every byte was checked. Whatever ends a fetch, the next one
     goes on from the bytes that arrived. Raises ProvisionError, after all good ones are home, where one is bad.
     """
+    demand_which(which)
     if host.system != "installed":
         raise ProvisionError(
             f"{host.name} is on the install ISO; no runs are there.", f"fab -H {host.name} provision"
         )
     execs, received = host.traffic.execs, host.traffic.bytes_received
     listing = list_remote(host, machine, run)
-    missing = [listed for listed in listing.checkpoints if not is_here(destination, listed)]
+    chosen = [listed for found in listing.runs.values() for listed in found.chosen(which)]
+    if which.isdecimal() and not chosen:
+        raise no_such_step(host.name, which, listing)
+    missing = [listed for listed in chosen if not is_here(destination, listed)]
     beside = changed_files(destination, listing)
     bad: list[str] = []
     moved: list[Listed] = []
-    if missing or beside:
-        with locked(destination / ".staging") as staging:
-            demand_space(destination, sum(listed.size for listed in missing))
-            if missing:
-                size = human(sum(listed.size for listed in missing))
-                say(f"{len(missing)} of {len(listing.checkpoints)} checkpoints are not here yet: {size}")
-            wrong = bring(host, machine, staging, missing, beside)
-            moved = [listed for listed in missing if not wrong & set(paths_of(listed))]
-            for listed in moved:
-                settle(staging, destination, listed)
-            settle_beside(staging, destination, beside)
-            if wrong:
-                bad = explain_wrong(list_remote(host, machine, run), wrong)
-            for name in listing.runs:
-                shutil.rmtree(staging / name, ignore_errors=True)
-    set_pointers(destination, listing)
+    try:
+        if missing or beside:
+            with locked(destination / ".staging") as staging:
+                demand_space(destination, staging, missing)
+                if missing:
+                    size = human(sum(listed.size for listed in missing))
+                    say(f"{len(missing)} of {len(chosen)} checkpoints are not here yet: {size}")
+                wrong = bring(host, machine, staging, missing, beside)
+                moved = [listed for listed in missing if not wrong & set(paths_of(listed))]
+                for listed in moved:
+                    settle(staging, destination, listed)
+                settle_beside(staging, destination, beside)
+                if wrong:
+                    bad = explain_wrong(list_remote(host, machine, run), wrong)
+                for name in listing.runs:
+                    shutil.rmtree(staging / name, ignore_errors=True)
+        set_pointers(destination, listing)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ProvisionError(
+            f"The disk of {destination.resolve()} is full; every checkpoint under its own name there is whole.",
+            "Make room, then run the same command again: it goes on where it stopped.",
+        ) from error
     done = Fetched(
         tuple(listed.path for listed in moved),
-        sum(is_here(destination, listed) for listed in listing.checkpoints),
+        sum(is_here(destination, listed) for listed in chosen),
         host.traffic.execs - execs,
         host.traffic.bytes_received - received,
+        any(found.at_work for found in listing.runs.values()),
     )
     if problems := [*listing.refused, *bad]:
         raise ProvisionError(
@@ -243,6 +277,20 @@ def fetch_checkpoints(
     return done
 
 
+def demand_which(which: str) -> None:
+    if which not in ("all", *POINTERS) and not which.isdecimal():
+        raise ProvisionError(f"--which {which}: expected all, latest, best, or a step such as 2000.")
+
+
+def no_such_step(name: str, which: str, listing: Listing) -> ProvisionError:
+    steps = sorted({int(listed.name.removeprefix("step-")) for listed in listing.checkpoints})
+    kept = ", ".join(map(str, steps)) or "none yet"
+    return ProvisionError(
+        f"There is no checkpoint of step {which} on {name}; it keeps those of steps {kept}.",
+        "A run keeps its newest, its best, and every train.keep_every steps.",
+    )
+
+
 def list_remote(host: Host, machine: Machine, run: str) -> Listing:
     """One exec. Raises ProvisionError where there is no run at all, or not the one that was asked for."""
     values = variables(
@@ -251,7 +299,7 @@ def list_remote(host: Host, machine: Machine, run: str) -> Listing:
         beside=" ".join(BESIDE),
         pointers=" ".join(POINTERS),
     )
-    listing = parse_listing(host.run(values + LIST, as_root=False, deadline_s=600).stdout)
+    listing = parse_listing(host.look(values + LIST, as_root=False, deadline_s=600).stdout)
     if not listing.runs:
         asked = f"There is no run {run} on {host.name}." if run else f"There is no run on {host.name} yet."
         raise ProvisionError(asked, f"fab -H {host.name} {'fetch-checkpoints' if run else 'train'}")
@@ -383,12 +431,18 @@ def locked(staging: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def demand_space(destination: Path, need_bytes: int) -> None:
+def demand_space(destination: Path, staging: Path, missing: Sequence[Listed]) -> None:
+    """Raise ProvisionError where what is still to come has no room. What lies in staging has come already."""
+    need_bytes = sum(listed.size for listed in missing)
+    for listed in missing:
+        for path in paths_of(listed):
+            with suppress(OSError):
+                need_bytes -= (staging / path).stat().st_size
     free_bytes = shutil.disk_usage(destination).free
     if need_bytes > free_bytes:
         raise ProvisionError(
             f"{human(need_bytes)} are to be fetched, and {destination.resolve()} has room for {human(free_bytes)}.",
-            "Fetch one run only, with --run ID, or make room.",
+            "Fetch less, with --run ID or --which latest, or make room.",
         )
 
 

@@ -138,12 +138,12 @@ class Host:
             raise ScriptFailed(f"{self.name}: the script ended with status {code}:\n{said}", code=code)
         return result
 
-    def look(self, script: str, *, deadline_s: float = 60) -> Result:
+    def look(self, script: str, *, deadline_s: float = 60, as_root: bool = True) -> Result:
         """`run` of a script that only reads: where the connection is lost in it, it is dialled and asked again."""
         until = time.monotonic() + deadline_s + AWAY_S
         while True:
             try:
-                return self.run(script, deadline_s=deadline_s)
+                return self.run(script, deadline_s=deadline_s, as_root=as_root)
             except ConnectionLost as error:
                 if time.monotonic() > until:
                     raise

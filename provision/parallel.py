@@ -37,8 +37,20 @@ from provision.errors import ProvisionError
 from provision.machine import load_machine, machines_folder, state_folder
 from provision.person import Ask, ask_nobody, ask_person, confirm_person
 
-OF_ONE_MACHINE = ("fingerprint", "address", "name", "resume")  # options that are about one machine only
-SHOWN = ("plan", "disks", "inspect")  # tasks whose output is what they are for: shown whole on a terminal too
+OF_ONE_MACHINE = (
+    "fingerprint",
+    "address",
+    "resume",
+)  # options that are about one machine only; --name of inspect, too
+SHOWN = (
+    "plan",
+    "disks",
+    "inspect",
+    "runs",
+    "logs",
+    "sample",
+    "report",
+)  # tasks whose output is what they are for: shown whole on a terminal too
 LOG_WIDTH = 160  # columns, where no terminal sets them
 
 
@@ -305,7 +317,7 @@ def share_wipe(serials: str, disks: Mapping[str, Sequence[str]]) -> dict[str, st
 
 def demand_common(options: Mapping[str, object], names: Sequence[str], task: str) -> None:
     """Refuse, for several machines, an option that is about one of them."""
-    for option in OF_ONE_MACHINE:
+    for option in (*OF_ONE_MACHINE, *(["name"] if task == "inspect" else [])):
         if options.get(option):
             raise ProvisionError(
                 f"--{option} says something of one machine, and {len(names)} were named.",

@@ -145,6 +145,11 @@ def explain_rsync(how: Rsync, code: int, stderr: str, command: str) -> Provision
     message = f"rsync from {how.name} ended with status {code}:\n{said}"
     if "Host key verification failed" in stderr or "HOST IDENTIFICATION HAS CHANGED" in stderr:
         return ProvisionError(message, f"{how.pins} holds the key of {how.alias}; the host presents another.")
+    if "No space left on device" in stderr or "Disk quota exceeded" in stderr:
+        return ProvisionError(
+            f"The disk is full; what arrived stays usable. rsync says:\n{said}",
+            "Make room, then run the same command again: it goes on where it stopped.",
+        )
     if code in (10, 12, 20, 30, 35, 255):
         return ConnectionLost(message, "Run the same command again: it goes on where it stopped.")
     return ProvisionError(message, f"The command was: {command}")

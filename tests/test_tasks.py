@@ -11,6 +11,7 @@ import pytest
 from provision.pins import load_pins
 from tests.provision.conftest import KEY
 from tests.sshd import Sshd, sshd
+from tests.transport.trainer import installed, trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 FAB = Path(sys.executable).with_name("fab")
@@ -63,12 +64,20 @@ def box(sshd: Sshd) -> Path:
 
 def test_list_and_help_explain(folder: Path) -> None:
     listed = fab(folder, "--list").stdout
-    for name in ("provision", "plan", "disks", "seed", "unlock", "train", "attach", "fetch-checkpoints"):
-        assert name in listed
+    names = "provision plan inspect disks seed unlock train runs attach logs stop resume sample report remove"
+    for name in (*names.split(), "fetch-checkpoints"):
+        assert f"\n  {name} " in listed
     assert "--wipe" in fab(folder, "--help", "provision").stdout
+    said = fab(folder, "--help", "train").stdout
+    for option in ("--preset", "--data", "--name", "--set", "--detach", "--resume", "--share"):
+        assert option in said
 
 
-@pytest.mark.parametrize("task", ["provision", "plan", "disks", "unlock", "train", "fetch-checkpoints"])
+def test_the_fabfile_stays_short() -> None:
+    assert len((ROOT / "fabfile.py").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("task", ["provision", "plan", "train", "runs", "stop", "fetch-checkpoints"])
 def test_without_a_host_nothing_runs_here(folder: Path, task: str) -> None:
     message = refused(fab(folder, task))
     assert "No machine was named." in message
@@ -161,3 +170,60 @@ def test_a_machine_that_is_not_where_it_was_is_found_by_its_names(sshd: Sshd, bo
     message = refused(fab(box, "-H", "box", "disks"))
     assert "no-such-host.invalid" in message
     assert "authenticat" not in (sshd.folder / "sshd.log").read_text().lower().replace("preauth", "")
+
+
+def test_a_run_from_its_start_to_its_end(sshd: Sshd, box: Path, tmp_path: Path) -> None:
+    """Every verb as it is typed. The package that is sent is the trainer that trains nothing (transport/trainer.py)."""
+    with installed(sshd):
+        pass
+    package = tmp_path / "package"
+    for name, data in trainer().items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_bytes(data)
+    sitecustomize = f"""
+import sys
+from pathlib import Path
+import provision.source
+root = Path({str(package)!r})
+files = {{str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.py")}}
+provision.source.package_files = lambda package="workload": files
+"""
+    (tmp_path / "sitecustomize.py").write_text(sitecustomize)
+
+    def run_fab(*words: str) -> str:
+        path = os.environ.get("PYTHONPATH", "")
+        done = subprocess.run(
+            [str(FAB), "--search-root", str(ROOT), "-H", "box", *words],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "METAL_MACHINES": str(box),
+                "XDG_STATE_HOME": str(tmp_path / "state"),
+                "COLUMNS": "200",
+                "PYTHONPATH": f"{tmp_path}{os.pathsep}{path}" if path else str(tmp_path),
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
+    said = run_fab("train", "--name", "try", "--set", "train.steps=5000", "--detach")
+    run = said.split()[0]
+    assert run.endswith("-try")
+    assert f"{run} has started on box" in said
+    assert "is already training" in run_fab("train", "--set", "train.steps=7")
+    assert "training" in run_fab("runs")
+    assert "it is gone" not in run_fab("remove", "--run", run, "--yes")
+    assert "saved. fab -H box resume" in run_fab("stop")
+    assert "stopped at step" in run_fab("logs", "--lines", "3")
+    assert "goes on" in run_fab("resume", "--detach")
+    assert "was ended" in run_fab("stop", "--now")
+    assert "once more and so on" in run_fab("sample", "--prompt", "once more", "--tokens", "3")
+    assert f"checkpoints/box/{run}/report.html" in run_fab("report")
+    assert "1 fetched into" in run_fab("fetch-checkpoints", "--which", "latest", "--watch")
+    assert "was not removed" in run_fab("remove", "--run", run)
+    assert "is gone from box" in run_fab("remove", "--run", run, "--yes")
+    assert "No run on box yet." in run_fab("runs")

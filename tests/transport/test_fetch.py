@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -156,6 +157,34 @@ def test_one_run_only(host: Host, sshd: Sshd, home: Path) -> None:
     assert [path.name for path in home.iterdir()] == ["b-2"]
     assert "There is no run c-3 on box" in refused(host, home, "c-3").message
     assert "not the id of a run" in refused(host, home, "../b-2").message
+
+
+def test_which_checkpoints(host: Host, sshd: Sshd, home: Path) -> None:
+    for step in (100, 200, 300):
+        save(sshd, "a-1", step)
+    save(sshd, "b-2", 100)
+    best = sshd.path(f"{RUNS}/a-1/checkpoints/best")
+    best.write_text("step-00000200\n")
+
+    def fetched(which: str) -> set[str]:
+        fetch.fetch_checkpoints(host, host.wanted.machine, home, "a-1", which, say=lambda text: None)
+        names = {path.name for path in (home / "a-1/checkpoints").glob("step-*")}
+        for path in (home / "a-1/checkpoints").iterdir():
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+        return names
+
+    assert fetched("latest") == {"step-00000300"}
+    assert fetched("best") == {"step-00000200"}
+    assert fetched("100") == {"step-00000100"}
+    assert fetched("all") == {"step-00000100", "step-00000200", "step-00000300"}
+    best.unlink()
+    assert fetched("best") == {"step-00000300"}, "without that pointer the newest"
+    with pytest.raises(
+        ProvisionError, match="no checkpoint of step 150 on box; it keeps those of steps 100, 200, 300"
+    ):
+        fetched("150")
+    with pytest.raises(ProvisionError, match="expected all, latest, best, or a step"):
+        fetched("newest")
 
 
 def test_no_run_and_no_checkpoint_yet(host: Host, sshd: Sshd, home: Path) -> None:
@@ -311,6 +340,63 @@ def test_a_full_disk_is_told_before_it_is_full(
     usage = shutil.disk_usage(home)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     assert "1.0 MB are to be fetched" in refused(host, home).message
+
+
+def test_what_is_staged_already_needs_no_room_again(
+    host: Host, sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save(sshd, "a-1", 100, size=1_000_000) / "model.safetensors"
+    staged = home / ".staging/a-1/checkpoints/step-00000100/model.safetensors"
+    staged.parent.mkdir(parents=True)
+    staged.write_bytes(model.read_bytes()[:990_000])
+    usage = shutil.disk_usage(home)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
+    get(host, home)
+    assert tree(home) == tree(sshd.path(RUNS))
+
+
+@pytest.mark.parametrize("full_at", [4_000_000, 1_010_000])
+def test_a_disk_that_fills_up_while_it_is_written(
+    host: Host, sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, full_at: int
+) -> None:
+    """Somebody else fills it after the check: what arrived is gone on with once there is room, and nothing is half."""
+    save(sshd, "a-1", 100, size=1_000_000)
+    save(sshd, "a-1", 200, size=4_000_000)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={full_at}", "tmpfs", home], check=True)
+    try:
+        usage = shutil.disk_usage(home)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
+            error = refused(host, home)
+        assert "disk" in error.message
+        assert "full" in error.message
+        assert "goes on where it stopped" in error.hint
+        for manifest in home.glob("*/checkpoints/step-*/manifest.json"):
+            for name, piece in parse_manifest(manifest.read_bytes()).items():
+                assert fetch.matches(manifest.parent / name, piece)
+        subprocess.run(["mount", "-o", "remount,size=20000000", home], check=True)
+        get(host, home)
+        assert tree(home) == tree(sshd.path(RUNS))
+    finally:
+        subprocess.run(["umount", home], check=True)
+
+
+def test_two_fetches_of_two_processes(host: Host, sshd: Sshd, home: Path) -> None:
+    """The second one ends with a message while the first is at work; the first one is not disturbed."""
+    save(sshd, "a-1", 100, size=BIG * 2)
+    code = textwrap.dedent(CLIENT).format(
+        machines=str(sshd.pins.parent), pins=str(sshd.pins), identity=str(sshd.identity), home=str(home)
+    )
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    staged = home / ".staging/a-1/checkpoints/step-00000100/model.safetensors"
+    try:
+        wait_for(lambda: staged.exists() or first.poll() is not None, "a part to arrive")
+        os.kill(first.pid, signal.SIGSTOP)
+        assert "Another fetch into" in refused(host, home).message
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    assert first.wait(60) == 0
+    assert tree(home) == tree(sshd.path(RUNS))
 
 
 # What the host says is not believed
