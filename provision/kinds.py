@@ -48,6 +48,7 @@ sed -i "s,/etc/ssh/sshd_config.d/,$tried/sshd_config.d/,g" "$tried/sshd_config"
 said=$(/usr/sbin/sshd -T -f "$tried/sshd_config" -C "user=$3,host=localhost,addr=127.0.0.1")
 has() { grep -qixE "$1" <<< "$said"; }
 refuse() { echo "with it $1"; exit 1; }
+ssh-keygen -l -f "$(getent passwd "$3" | cut -d: -f6)/.ssh/authorized_keys" > /dev/null || refuse "$3 has no keys to log in with"
 has 'pubkeyauthentication yes' || refuse "sshd takes no public keys"
 has '(authenticationmethods (any|publickey))' || refuse "a key alone does not log in"
 has 'authorizedkeysfile (.* )?\.ssh/authorized_keys( .*)?' || refuse "sshd does not read ~/.ssh/authorized_keys"

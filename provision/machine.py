@@ -103,6 +103,7 @@ class Mirror:
     signatures: Annotated[
         str, Rule(r"Never|(Package|Database)?(Never|Optional|Required)( \w+)*", "pacman's SigLevel")
     ]
+    countries: Annotated[tuple[str, ...], Rule(r"[A-Za-z][A-Za-z ]*", "a country, by name or by two letters")]
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,10 @@ class Machine:
     gpu: Gpu
     python: Python
     train: Train
+    sshd: own.Sshd
+    firewall: own.Firewall
+    timers: own.Timers
+    desktop: own.Desktop
     packages: own.Packages
     values: own.Values
     files: own.Files
@@ -164,6 +169,8 @@ class Machine:
     users: own.Users
     units: own.Units
     sysctl: own.Sysctl
+    wifi: own.Wifi
+    aur: own.Aur
 
 
 @dataclass(frozen=True)
@@ -527,7 +534,15 @@ def check_own(machine: Machine) -> Iterator[own.Problem]:
     said += [(("links", path), path) for path in machine.links]
     yield from own.check_paths((where, own.absolute(path, user)) for where, path in said)
     yield from own.check_lines(machine.lines)
-    yield from own.check_units(machine.units)
+    yield from own.check_units(machine.units, wifi=bool(machine.wifi))
+    yield from own.check_wifi(machine.wifi)
+    yield from own.check_ports("tcp", machine.firewall.tcp)
+    yield from own.check_ports("udp", machine.firewall.udp)
+    if (machine.firewall.tcp or machine.firewall.udp) and not machine.firewall.enabled:
+        opened = "tcp" if machine.firewall.tcp else "udp"
+        yield ("firewall", opened), "opens ports of a firewall that is not there: enabled = true"
+    yield from check_reflector(machine)
+    yield from check_desktop(machine)
     for path, wanted in machine.files.items():
         wrong = check_template(wanted.text, template_names(machine)) if wanted.template else None
         if wrong:
@@ -543,6 +558,32 @@ def check_own(machine: Machine) -> Iterator[own.Problem]:
             if not is_key(key):
                 text = f"{shorten(key)} is neither a public key line nor a file that holds one"
                 yield ("users", name, "authorized_keys"), text
+
+
+def check_reflector(machine: Machine) -> Iterator[own.Problem]:
+    """What would have two masters: the list of mirrors, which reflector writes."""
+    if machine.timers.reflector:
+        for server in machine.mirror.servers:
+            if server.startswith("file:") or "archive.archlinux.org" in server:
+                text = f"would replace {server}, which mirror.servers names on purpose"
+                yield ("timers", "reflector"), text
+    elif machine.mirror.countries:
+        yield ("mirror", "countries"), "is for reflector: timers.reflector = true"
+
+
+def check_desktop(machine: Machine) -> Iterator[own.Problem]:
+    desktop = machine.desktop
+    if desktop.kind == "none":
+        if desktop.autologin:
+            yield ("desktop", "autologin"), 'there is no desktop to log in to: kind = "sway" or "i3"'
+        return
+    if not desktop.autologin and not machine.user.password:
+        text = f"nobody could log in: {machine.user.name} has no password (user.password), and autologin is false"
+        yield ("desktop", "kind"), text
+    if desktop.kind == "i3" and desktop.scale_percent:
+        yield ("desktop", "scale_percent"), "X11 knows no scale: set dpi, or font_size"
+    if desktop.kind == "sway" and desktop.dpi:
+        yield ("desktop", "dpi"), "Wayland knows no DPI: set scale_percent, or font_size"
 
 
 def template_values(machine: Machine) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated
 
 from provision.rules import COMMIT, NAME, ONE_LINE, PACKAGE, PATH, SHELL, USER, Between, Rule
-from provision.secrets import Secret
+from provision.secrets import HOW, Secret
 
 NO_SECRET = Secret()
 MOST_BYTES = 256 * 1024  # every probe of a file shows it whole
@@ -31,6 +31,14 @@ VALUE = Rule(r"[^\x00-\x1f\x7f]+", "one line")
 # What bash's regular expressions (POSIX) and those of the check here (Python) read alike.
 MATCH = Rule(
     r"((?!\\[A-Za-z0-9]|\(\?|\[:)[^\n\0])*", "a POSIX extended expression without \\w, \\d, (? and [:"
+)
+
+
+PORTS = Rule(r"[1-9][0-9]{0,4}(-[1-9][0-9]{0,4})?", "a port, or a range such as 8000-8010")
+# NetworkManager's files know escapes for the rest; nobody has needed them yet.
+SSID = Rule(
+    r"(?! )[^\x00-\x1f\x7f;\\]{1,32}(?<! )",
+    "a network's name: 1 to 32 characters without ; and backslash, blanks inside only",
 )
 
 
@@ -78,8 +86,39 @@ class AurWanted:
 @dataclass(frozen=True)
 class WifiWanted:
     passphrase: Secret = NO_SECRET
+    security: Annotated[str, Rule(r"wpa2|wpa3|open", "wpa2, wpa3 or open")] = "wpa2"
     hidden: bool = False
     priority: Annotated[int, Between(-999, 999)] = 0
+
+
+@dataclass(frozen=True)
+class Sshd:
+    hardened: bool
+
+
+@dataclass(frozen=True)
+class Firewall:
+    enabled: bool
+    tcp: Annotated[tuple[str, ...], PORTS]
+    udp: Annotated[tuple[str, ...], PORTS]
+
+
+@dataclass(frozen=True)
+class Timers:
+    fstrim: bool
+    paccache: bool
+    reflector: bool
+
+
+@dataclass(frozen=True)
+class Desktop:
+    kind: Annotated[str, Rule(r"none|sway|i3", "none, sway or i3")]
+    autologin: bool
+    keyboard: Annotated[str, Rule(r"[a-z]{2,12}( [a-z0-9_-]+)?", "a layout such as us, or de nodeadkeys")]
+    screen: Annotated[str, Rule(r"([A-Za-z0-9-]+)?", "a connector such as eDP-1 or DP-1")]
+    scale_percent: Annotated[int, Between(0, 400)]
+    dpi: Annotated[int, Between(0, 400)]
+    font_size: Annotated[int, Between(0, 72)]
 
 
 Packages = Annotated[Mapping[str, tuple[str, ...]], NAME, PACKAGE]
@@ -94,6 +133,9 @@ Sysctl = Annotated[Mapping[str, str], SYSCTL, VALUE]
 
 # What a template may name of the screen: see provision.system.scale.
 SCREEN_NAMES = ("screen.scale", "screen.dpi", "screen.font_size")
+
+Aur = Annotated[Mapping[str, AurWanted], PACKAGE]
+Wifi = Annotated[Mapping[str, WifiWanted], SSID]
 
 Problem = tuple[tuple[str, ...], str]  # (where in the machine file, what is wrong)
 
@@ -144,7 +186,7 @@ def read_source(path: Path) -> str:
 
 
 # Without these nobody gets in, or nothing of the machine is reached.
-NEVER_OFF = ("sshd.service", "systemd-networkd.service", "systemd-resolved.service", "NetworkManager.service")
+NEVER_OFF = ("sshd.service", "systemd-resolved.service")
 
 
 def check_paths(paths: Iterable[tuple[tuple[str, ...], str]]) -> Iterator[Problem]:
@@ -174,9 +216,10 @@ def check_lines(lines: Mapping[str, LineWanted]) -> Iterator[Problem]:
             )
 
 
-def check_units(units: Mapping[str, str]) -> Iterator[Problem]:
+def check_units(units: Mapping[str, str], *, wifi: bool) -> Iterator[Problem]:
+    needed = (*NEVER_OFF, "NetworkManager.service" if wifi else "systemd-networkd.service")
     for name, state in units.items():
-        if name in NEVER_OFF and state != "enabled":
+        if name in needed and state != "enabled":
             yield ("units", name), f"{name} {state}: nobody could reach the machine any more"
 
 
@@ -185,3 +228,20 @@ def parents(path: str, above: str) -> list[str]:
     return [
         str(folder) for folder in reversed(PurePosixPath(path).parents) if str(folder).startswith(above + "/")
     ]
+
+
+def check_ports(setting: str, ports: Iterable[str]) -> Iterator[Problem]:
+    for port in ports:
+        least, _, greatest = port.partition("-")
+        if not int(least) <= int(greatest or least) <= 65535:
+            yield ("firewall", setting), f"{port!r} is no port and no range of them; they end at 65535"
+
+
+def check_wifi(wifi: Mapping[str, WifiWanted]) -> Iterator[Problem]:
+    for name, wanted in wifi.items():
+        if len(name.encode()) > 32:
+            yield ("wifi", name), f"{len(name.encode())} bytes; a network's name has at most 32"
+        if wanted.security == "open" and wanted.passphrase:
+            yield ("wifi", name, "passphrase"), 'security = "open" takes no passphrase'
+        if wanted.security != "open" and not wanted.passphrase:
+            yield ("wifi", name), f'lacks the passphrase, {HOW}; or security = "open"'

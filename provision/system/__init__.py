@@ -22,13 +22,17 @@ from provision.system.base import (
 from provision.system.boot import boot, initramfs
 from provision.system.crypt import encryption
 from provision.system.data import data, mount_data
+from provision.system.desktop import desktop
 from provision.system.disk import disk, find_disks, fstab
+from provision.system.firewall import firewall, hardening
 from provision.system.gpu import gpu, gpu_services, other_drivers
 from provision.system.layout import layout
 from provision.system.live import clock, live
 from provision.system.mirror import mirror
 from provision.system.network import network, sshd
 from provision.system.own import (
+    own_aur,
+    own_aur_tools,
     own_files,
     own_groups,
     own_lines,
@@ -39,6 +43,7 @@ from provision.system.own import (
 )
 from provision.system.python import python
 from provision.system.swap import swap
+from provision.system.timers import timers
 
 Concern = Callable[[Machine, Facts], Iterator[Step]]
 
@@ -49,6 +54,7 @@ CONCERNS: tuple[Concern, ...] = (
     gpu,
     extra_packages,
     own_packages,
+    own_aur_tools,
     pacman,
     encryption,
     swap,
@@ -65,8 +71,13 @@ CONCERNS: tuple[Concern, ...] = (
     mirror,
     gpu_services,
     python,
+    timers,
+    firewall,
+    hardening,
+    desktop,
     # What the person adds, last: what is wrong in it leaves a machine that runs.
     own_groups,
+    own_aur,
     own_users,
     own_files,
     own_lines,

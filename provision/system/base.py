@@ -102,6 +102,14 @@ fi""",
 
 def pacman(machine: Machine, facts: Facts) -> Iterator[Step]:
     yield from signatures(machine, '"$root"/etc/pacman.conf', "pacman.conf")
+    if machine.timers.reflector and facts.system == "installed":
+        yield Script(
+            "list of mirrors",
+            why="which reflector writes; until then, mirror.servers",
+            probe="grep -q '^Server' /etc/pacman.d/mirrorlist && echo yes",
+            script=f"printf 'Server = %s\\n' {join(machine.mirror.servers)} > /etc/pacman.d/mirrorlist",
+        )
+        return
     yield File(
         "/etc/pacman.d/mirrorlist",
         "".join(f"Server = {server}\n" for server in machine.mirror.servers),

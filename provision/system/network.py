@@ -6,11 +6,35 @@ from shlex import quote
 from provision.facts import Facts
 from provision.machine import Machine
 from provision.steps import File, Link, Script, Step, Unit
+from provision.system.wireless import wireless
 
 HOST_KEY = "/etc/ssh/ssh_host_ed25519_key"
 
 
 def network(machine: Machine, facts: Facts) -> Iterator[Step]:
+    """One manager: networkd where the network is wired, NetworkManager where there is Wi-Fi."""
+    if not machine.wifi:
+        yield from wired(machine)
+    yield File(
+        "/etc/issue.d/10-address.issue", "address: \\4\n\n", why="the console shows where the machine answers"
+    )
+    if machine.wifi:
+        yield from wireless(machine, facts)
+    else:
+        yield Unit("systemd-networkd.service", why="network")
+    yield File(
+        "/etc/systemd/resolved.conf.d/10-mdns.conf",
+        "[Resolve]\nMulticastDNS=yes\n",
+        why=f"answers to {machine.system.hostname}.local, whatever its address",
+        then="[[ $root ]] || systemctl try-restart systemd-resolved.service",
+    )
+    yield Unit("systemd-resolved.service", why="name resolution")
+    yield Link(
+        "/etc/resolv.conf", "/run/systemd/resolve/stub-resolv.conf", why="programs ask systemd-resolved"
+    )
+
+
+def wired(machine: Machine) -> Iterator[Step]:
     yield File(
         "/etc/systemd/network/20-wired.network",
         # By MAC: networkd's default client id comes from the machine-id, so every new install would get a new address.
@@ -23,20 +47,6 @@ def network(machine: Machine, facts: Facts) -> Iterator[Step]:
         "[Service]\nExecStart=\nExecStart=/usr/lib/systemd/systemd-networkd-wait-online --any\n",
         why="one cable is enough: by default it waits for every port, in vain",
         then="[[ $root ]] || systemctl daemon-reload",
-    )
-    yield File(
-        "/etc/issue.d/10-address.issue", "address: \\4\n\n", why="the console shows where the machine answers"
-    )
-    yield Unit("systemd-networkd.service", why="network")
-    yield File(
-        "/etc/systemd/resolved.conf.d/10-mdns.conf",
-        "[Resolve]\nMulticastDNS=yes\n",
-        why=f"answers to {machine.system.hostname}.local, whatever its address",
-        then="[[ $root ]] || systemctl try-restart systemd-resolved.service",
-    )
-    yield Unit("systemd-resolved.service", why="name resolution")
-    yield Link(
-        "/etc/resolv.conf", "/run/systemd/resolve/stub-resolv.conf", why="programs ask systemd-resolved"
     )
 
 

@@ -10,6 +10,8 @@ from provision.kinds import CheckedFile, Groups, Line, ParentFolders, Sysctl, Un
 from provision.machine import Machine, template_values
 from provision.own import absolute, home_of, parents
 from provision.steps import Directory, File, Link, Packages, Password, Step, User
+from provision.system.aur import builder, from_aur
+from provision.system.gpu import driver_of
 from provision.system.scale import screen_values
 from provision.templates import fill
 
@@ -30,6 +32,23 @@ def own_packages(machine: Machine, facts: Facts) -> Iterator[Step]:
     for name, packages in machine.packages.items():
         if packages:
             yield Packages(*packages, why=f"packages.{name} of the machine file")
+
+
+def own_aur_tools(machine: Machine, facts: Facts) -> Iterator[Step]:
+    """What packages of the AUR are built with, in the one transaction of all packages."""
+    if facts.system == "installed" and machine.aur:
+        yield Packages("base-devel", "git", why="build packages from the AUR")
+
+
+def own_aur(machine: Machine, facts: Facts) -> Iterator[Step]:
+    """Packages of the AUR at the commits that a person has read, in the order of the machine file."""
+    if facts.system != "installed" or not machine.aur:
+        return
+    driver = driver_of(machine, facts)
+    if not (driver and driver.legacy):  # which has the same builder
+        yield from builder("builds packages from the AUR, so that root does not")
+    for base, wanted in machine.aur.items():
+        yield from from_aur(base, wanted.commit, wanted.packages or (base,))
 
 
 def own_groups(machine: Machine, facts: Facts) -> Iterator[Step]:

@@ -86,15 +86,25 @@ def main_screen(screens: Sequence[Screen], wanted: str = "") -> Screen | None:
 UNKNOWN = Screen("", "", 0, 0, 0.0, 0, 0)
 
 
-def sizes_of(machine: Machine, facts: Facts) -> Sizes:
-    """The machine's sizes: by its screen, or as the machine file says."""
-    screen = main_screen(facts.screens) or UNKNOWN
-    return measure(screen, "wayland")
+def sizes_of(machine: Machine, facts: Facts) -> tuple[Sizes, bool]:
+    """The machine's sizes, and whether they are sure: said by the machine file, or by a screen that is there."""
+    wanted = machine.desktop
+    server = "x11" if wanted.kind == "i3" else "wayland"
+    screen = main_screen(facts.screens, wanted.screen)
+    said = wanted.font_size and (wanted.dpi or wanted.scale_percent)
+    sizes = measure(
+        screen or UNKNOWN,
+        server,
+        scale_percent=wanted.scale_percent,
+        dpi=wanted.dpi,
+        font_points=wanted.font_size,
+    )
+    return sizes, bool(screen or said)
 
 
 def screen_values(machine: Machine, facts: Facts) -> dict[str, str]:
     """What templates may name of the screen."""
-    sizes = sizes_of(machine, facts)
+    sizes, _ = sizes_of(machine, facts)
     return {
         "screen.scale": f"{sizes.scale_percent / 100:g}",
         "screen.dpi": str(sizes.dpi),

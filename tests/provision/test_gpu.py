@@ -15,6 +15,7 @@ from provision.facts import Facts, GpuSeen
 from provision.machine import Machine
 from provision.steps import Step, merge_packages, prelude
 from provision.system import system
+from provision.system.aur import fetch_source
 from provision.system.gpu import (
     FLAVOURS,
     Driver,
@@ -25,7 +26,7 @@ from provision.system.gpu import (
     other_drivers,
     persistenced,
 )
-from provision.system.legacy import LEGACY, SOURCE, build_packages, fetch_source, legacy_driver
+from provision.system.legacy import LEGACY, SOURCE, build_packages, legacy_driver
 from provision.system.python import CPU_INDEX, LEGACY_INDEX, check_torch, python, torch_index
 from tests.git import git
 from tests.provision.test_system import GOLDEN, NOW, installed, render
@@ -521,7 +522,7 @@ def aur(tmp_path: Path) -> Path:
 
 
 def fetch(aur: Path, commit: str) -> subprocess.CompletedProcess[str]:
-    return bash(fetch_source(commit, f"file://{aur}", str(aur.parent / "source")))
+    return bash(fetch_source(commit, f"file://{aur}", str(aur.parent / "source"), "gpu.legacy_commit"))
 
 
 def test_exactly_the_commit_that_was_read_is_fetched(aur: Path) -> None:
@@ -577,7 +578,7 @@ def test_a_checkout_that_was_tampered_with_is_made_anew(aur: Path) -> None:
 
 
 def test_a_server_that_is_no_repository(aur: Path) -> None:
-    refused = bash(fetch_source(COMMIT, f"file://{aur}-not", str(aur.parent / "source")))
+    refused = bash(fetch_source(COMMIT, f"file://{aur}-not", str(aur.parent / "source"), "gpu.legacy_commit"))
     assert refused.returncode == 1
     assert "does not answer as a git repository" in refused.stdout
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -391,10 +392,12 @@ def ssh_root(root: Path) -> Path:
         "Include /etc/ssh/sshd_config.d/*.conf\nAuthorizedKeysFile .ssh/authorized_keys\nUsePAM yes\n"
     )
     (root / "etc/ssh/sshd_config.d/10-metal.conf").write_text(
-        "HostKey /etc/ssh/ssh_host_ed25519_key\nPasswordAuthentication no\nAllowUsers ml\n"
+        "HostKey /etc/ssh/ssh_host_ed25519_key\nPasswordAuthentication no\nAllowUsers guest ml\n"
     )
     with (root / "etc/passwd").open("a") as passwd:
         passwd.write("ml:x:1234:1234::/home/ml:/bin/bash\nsshd:x:120:65534::/run/sshd:/usr/sbin/nologin\n")
+    (root / "home/ml/.ssh").mkdir(parents=True)
+    (root / "home/ml/.ssh/authorized_keys").write_text(f"{KEY}\n")
     return root
 
 
@@ -425,6 +428,25 @@ def test_an_sshd_setting_that_locks_out_never_gets_its_place(
     assert said in result.stdout
     there = sorted(file.name for file in (ssh_root / "etc/ssh/sshd_config.d").iterdir())
     assert there == ["10-metal.conf"] if said else ["05-own.conf", "10-metal.conf"]
+
+
+@pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="no sshd on this computer")
+def test_hardening_gets_its_place_where_there_are_keys_and_only_there(
+    run: Run, ssh_root: Path, tmp_path: Path, live: Facts
+) -> None:
+    machine = wish(tmp_path / "own", "[sshd]\nhardened = true\n")
+    name = "file /etc/ssh/sshd_config.d/20-metal-hardened.conf"
+    steps = [
+        replace(step, then="") for step in system(machine, installed(machine, live), NOW) if step.name == name
+    ]
+    keys = ssh_root / "home/ml/.ssh/authorized_keys"
+    keys.write_text("no key\n")
+    result = run(as_target(render_apply(plan_of(run, ssh_root, steps), str(ssh_root))))
+    assert result.returncode != 0
+    assert "ml has no keys to log in with" in result.stdout
+    keys.write_text(f"{KEY}\n")
+    assert in_place(run, ssh_root, steps) == 0
+    assert not plan_of(run, ssh_root, steps)
 
 
 # A systemctl over two files: what is enabled, what is active.
