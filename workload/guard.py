@@ -16,9 +16,10 @@ from torch import Tensor
 MOST_SKIPS = 8  # updates left out in a row
 MOST_ROLL_BACKS = 3  # without CALM updates between them
 CALM = 1000  # updates after which a roll-back is forgotten
-# A deviation is at least this: a loss of which 1% is noise, and a norm that a tenth more or less says nothing about.
+# A deviation is at least this. The loss: one hundredth of it is noise. The norm: less than 4.5 times the usual one is
+# left to clipping; a healthy run of the demo's text had 2.9 times, 6.4 deviations, once in 300 updates.
 LEAST_LOSS_DEVIATION = 0.01  # of the mean
-LEAST_NORM_DEVIATION = 0.1  # of the logarithm
+LEAST_NORM_DEVIATION = 0.25  # of the logarithm
 
 
 @dataclass(frozen=True)

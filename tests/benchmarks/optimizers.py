@@ -8,6 +8,7 @@ is that of the whole validation split at the last step. Seconds are shown, but s
 
 import argparse
 import io
+import json
 import statistics
 import tempfile
 import time
@@ -23,9 +24,9 @@ from workload.train import train
 
 
 def measure(
-    preset: str, settings: list[str], device: torch.device, dtype: torch.dtype
+    preset: str, settings: list[str], device: torch.device, dtype: torch.dtype, record: Path | None
 ) -> tuple[float, float, float]:
-    """(validation loss, bits a byte, seconds of training) of one run."""
+    """(validation loss, bits a byte, seconds of training) of one run; its updates go to a line of `record`."""
     config = load_config(
         preset,
         [
@@ -42,9 +43,13 @@ def measure(
         reporter = Reporter(io.StringIO(), time.monotonic, 1_000_000)
         train(config, out, device=device, dtype=dtype, reporter=reporter)
         rows = list(load_rows(out / "metrics.jsonl"))
+    steps = [row for row in rows if row["kind"] == "step"]
+    if record is not None:
+        updates = {key: [row[key] for row in steps] for key in ("loss", "grad_norm")}
+        with record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"settings": settings, **updates}) + "\n")
     score = [row for row in rows if row["kind"] == "eval"][-1]
-    seconds = [row["elapsed_s"] for row in rows if row["kind"] == "step"][-1]
-    return score["val_loss"], score["val_bits_per_byte"], seconds
+    return score["val_loss"], score["val_bits_per_byte"], steps[-1]["elapsed_s"]
 
 
 def main() -> None:
@@ -56,6 +61,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
+    parser.add_argument(
+        "--record", type=Path, help="JSON lines of the loss and gradient norm of every update"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = choose_device(arguments.device)
@@ -66,7 +74,7 @@ def main() -> None:
     for seed in arguments.seeds:
         for text in arguments.settings:
             settings = [f"steps={arguments.steps}", f"seed={seed}", *text.split()]
-            loss, bits, seconds = measure(arguments.preset, settings, device, dtype)
+            loss, bits, seconds = measure(arguments.preset, settings, device, dtype, arguments.record)
             losses[text].append(loss)
             print(f"{loss:.4f}  {bits:.4f} bits/byte  {seconds:6.1f} s  seed {seed}  {text}", flush=True)
     print(f"\nmean ± deviation over {len(arguments.seeds)} seeds, {arguments.steps} steps, {dtype}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import math
 import random
 from pathlib import Path
@@ -70,7 +71,8 @@ def test_what_hardly_moves_may_still_move_a_little() -> None:
     guard, _ = after([(2.0, 1.0)] * 16)
     assert judge(guard, 2.1, 1.7, deviations=6.0, window=16)[1] == ""
     assert "a loss of 2.2, 10.0 deviations" in judge(guard, 2.2, 1.0, deviations=6.0, window=16)[1]
-    assert "gradient norm of 3" in judge(guard, 2.0, 3.0, deviations=6.0, window=16)[1]
+    assert judge(guard, 2.0, 4.4, deviations=6.0, window=16)[1] == ""
+    assert "gradient norm of 4.6" in judge(guard, 2.0, 4.6, deviations=6.0, window=16)[1]
 
 
 def test_nothing_is_a_spike_before_half_of_the_window() -> None:
@@ -146,3 +148,24 @@ def test_no_alarm_while_a_model_learns(config: Config, tmp_path: Path) -> None:
         assert [row["text"] for row in rows if row["kind"] == "event"] == []
         losses = [row["loss"] for row in rows if row["kind"] == "step"]
         assert losses[-1] < 0.6 * losses[0]
+
+
+def test_no_alarm_in_runs_of_the_demos_text() -> None:
+    """Every update of runs that learned well, recorded by tests/benchmarks/optimizers.py with the settings named there.
+
+    One of them has a gradient norm 2.9 times the usual, 6.4 deviations of what was recorded before it.
+    """
+    path = Path(__file__).parents[1] / "fixtures" / "demo_losses.json"
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    assert len(recorded) >= 3
+    for name, run in recorded.items():
+        values = list(zip(run["loss"], run["grad_norm"], strict=True))
+        assert len(values) >= 100, name
+        assert run["loss"][-1] < 0.75 * run["loss"][0], name
+        for window in (32, 64, 128):
+            guard, reasons = after(values, window=window)
+            assert not any(reasons), (name, window)
+            # and one bad batch at the end of the same run is caught
+            loss, norm = values[-1]
+            assert judge(guard, 1.5 * loss, norm, deviations=6.0, window=window)[1], (name, window)
+            assert judge(guard, loss, 20 * norm, deviations=6.0, window=window)[1], (name, window)
