@@ -25,11 +25,10 @@ h1 { font-size: 24px; margin: 0; overflow-wrap: anywhere } h2 { font-size: 16px;
 .pill { font-size: 13px; font-weight: 500; border: 1px solid var(--line); border-radius: 99px; padding: 2px 10px; margin-left: 10px;
         vertical-align: 4px; color: var(--soft); white-space: nowrap; background: var(--card) }
 .pill::before { content: "\\25CF\\00a0" } .pill.work { color: var(--good) } .pill.stopped, .pill.silent { color: var(--warn) }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 20px 0 }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(124px, 1fr)); gap: 12px; margin: 20px 0 }
 .tile, figure, pre, table, details, .wide { background: var(--card); border: 1px solid var(--line); border-radius: 10px }
-.tile { padding: 12px 16px } .tile b { display: block; font-size: 21px; font-variant-numeric: tabular-nums }
+.tile { padding: 12px 14px } .tile b { display: block; font-size: 19px; font-variant-numeric: tabular-nums }
 .tile span { color: var(--soft); font-size: 13px }
-.bar { height: 4px; border-radius: 4px; background: var(--line); margin: 14px 0 0; overflow: hidden } .bar div { height: 100%; background: var(--a) }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 14px }
 figure { margin: 0; padding: 12px 14px 4px; position: relative } figcaption { font-size: 13px } figcaption b { color: var(--ink) }
 figcaption i { float: right; font-style: normal } figcaption i span { margin-left: 12px }
@@ -77,7 +76,8 @@ SCRIPT = """
       const near = found.reduce((best, f) => Math.abs(f.p[0] - x) < Math.abs(best.p[0] - x) ? f : best).p[0];
       tip.replaceChildren();
       const head = document.createElement("b");
-      head.textContent = s.axis + " " + nice((near - s.left) / (s.right - s.left) * s.x) + (s.unit ? " " + s.unit : "");
+      const where = (near - s.left) / (s.right - s.left) * s.x;
+      head.textContent = s.axis + " " + (s.axis === "step" ? Math.round(where).toLocaleString("en") : nice(where) + " " + s.unit);
       tip.append(head);
       found.forEach(({ l, p }) => { if (Math.abs(p[0] - near) > 14) return;
         const row = document.createElement("div"), name = document.createElement("span");
@@ -85,9 +85,9 @@ SCRIPT = """
         row.append(name, " " + nice(value(p[1]))); tip.append(row); });
       hair.setAttribute("x1", near); hair.setAttribute("x2", near); hair.setAttribute("y1", s.top); hair.setAttribute("y2", s.bottom);
       svg.append(hair); if (!tip.parentNode) svg.parentNode.append(tip); tip.hidden = false;
-      const left = near / s.width * box.width;
-      tip.style.top = svg.offsetTop + 10 + "px";
-      tip.style.left = svg.offsetLeft + (left > box.width / 2 ? left - tip.offsetWidth - 12 : left + 12) + "px";
+      const outer = svg.parentNode.getBoundingClientRect(), left = box.left - outer.left + near / s.width * box.width;
+      tip.style.top = box.top - outer.top + 10 + "px";
+      tip.style.left = (left > box.width / 2 ? left - tip.offsetWidth - 12 : left + 12) + "px";
     });
     const leave = () => { tip.hidden = true; hair.remove(); };
     svg.addEventListener("pointerleave", leave);

@@ -119,10 +119,12 @@ class LiveReport:
 def render_report(record: Record, status: Status, written: datetime) -> str:
     """The page."""
     log, starts = record.log, record.starts
-    environment = str(starts[-1].get("environment", "")) if starts else ""
+    about = ""
+    if starts:
+        about = f"{number(starts[-1], 'parameters'):,.0f} parameters, on {starts[-1].get('environment', '')}"
     parts = [
         f"<h1>{escape(record.name)}<span class='pill {'work' if status == 'at work' else status}'>{status}</span></h1>",
-        f"<div class=soft>{escape(environment)}</div><div class=soft>written {render_time(written)}</div>",
+        f"<div class=soft>{escape(about)}</div><div class=soft>written {render_time(written)}</div>",
         _tiles(record),
         f'<div class="charts">{"".join(_charts(record))}</div>',
         _samples(log.samples),
@@ -177,8 +179,6 @@ def _tiles(record: Record) -> str:
             tiles.append((f"{mfu:.1%}", "MFU, median"))
         if np.isfinite(memory).any():
             tiles.append((f"{np.nanmax(memory) / 1e9:.1f} GB", "GPU memory, highest"))
-    if record.starts:
-        tiles.append((f"{number(record.starts[-1], 'parameters'):,.0f}", "parameters"))
     cells = "".join(
         f"<div class=tile><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in tiles
     )
