@@ -164,6 +164,10 @@ def prepare(
                     should_stop=should_stop,
                 ).run()
                 save_json(staging / META, meta)
+            elif load_meta(staging).get("request") != asdict(request):  # ended between its last two renames
+                raise WorkloadError(
+                    f"{staging} is complete, for other settings", f"begin again: rm -r {staging}"
+                )
             return _finish(staging, out)
 
 
@@ -316,11 +320,11 @@ class _Preparation:
         written, had = time.monotonic(), self._all()
         begun_at: float | None = None
         try:
-            for fraction, encoded in results:
-                begun_at = fraction if begun_at is None else begun_at
+            for at, encoded in results:
+                begun_at = self._fraction(at.begin) if begun_at is None else begun_at
                 self._write(encoded)
                 tokens = self._all()
-                self.seen = Seen(self._fraction(fraction), tokens, tokens - had, begun_at)
+                self.seen = Seen(self._fraction(at.end), tokens, tokens - had, begun_at)
                 self.watch(self.seen)
                 if self._is_full():
                     break
@@ -407,8 +411,8 @@ class _Preparation:
             "request": asdict(request),
         }
 
-    def _results(self) -> Generator[tuple[float, Encoded], None, None]:
-        """(fraction of the source read before it, tokens) of every piece that is left, in order.
+    def _results(self) -> Generator[tuple["_At", Encoded], None, None]:
+        """Every piece that is left with its tokens, in order.
 
         Sets `unit` and `piece` to what comes after it.
         """
@@ -420,11 +424,11 @@ class _Preparation:
                 if at is not None:
                     encoded = encode_piece(at.piece, self.request, self.skip_bad, self.threads)
                     self.unit, self.piece = at.unit, at.number + 1
-                    yield at.fraction, encoded
+                    yield at, encoded
 
     def _results_of_processes(
         self, pieces: "Iterator[_At | None]"
-    ) -> Generator[tuple[float, Encoded], None, None]:
+    ) -> Generator[tuple["_At", Encoded], None, None]:
         # Spawned: a fork would copy the locks of other threads as they happen to be.
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(self.threads, context, _begin_worker)
@@ -447,11 +451,11 @@ class _Preparation:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _next(self, waiting: "deque[tuple[_At, Future[Encoded]]]") -> tuple[float, Encoded]:
+    def _next(self, waiting: "deque[tuple[_At, Future[Encoded]]]") -> tuple["_At", Encoded]:
         at, future = waiting.popleft()
         encoded = future.result()
         self.unit, self.piece = at.unit, at.number + 1
-        return at.fraction, encoded
+        return at, encoded
 
     def _is_needless(self, piece: Piece) -> bool:
         """Whether all of it is for a split that has its --tokens; the writer would leave it out."""
@@ -485,10 +489,10 @@ class _Preparation:
                 )
                 size = sum(file.size for file in self.units[unit])
                 weights = np.cumsum([0, *(sum(s.weight for s in piece) for piece in planned)])
+                edges = (before + size * weights / max(1, weights[-1])) / total
                 for number, piece in enumerate(planned):
                     if (unit > first or number >= skip) and not self._is_needless(piece):
-                        share = weights[number] / max(1, weights[-1])
-                        yield _At(unit, number, piece, (before + size * float(share)) / total)
+                        yield _At(unit, number, piece, float(edges[number]), float(edges[number + 1]))
                 before += size
 
 
@@ -497,7 +501,8 @@ class _At:
     unit: int
     number: int
     piece: Piece
-    fraction: float  # of the source's bytes that come before it
+    begin: float  # fraction of the source's bytes that come before it
+    end: float  # and with it
 
 
 def encode_piece(piece: Piece, request: Request, skip_bad: bool, threads: int = 1) -> Encoded:

@@ -375,6 +375,14 @@ def test_going_on_with_other_settings_is_refused(tmp_path: Path, rows: Path) -> 
     assert read_folder(staging) == before
 
 
+def test_a_folder_that_only_lacks_its_name_is_for_its_request(tmp_path: Path, rows: Path) -> None:
+    prepare(str(rows), tmp_path / "out", **SMALL)
+    (tmp_path / "out").rename(tmp_path / ".out.partial")
+    with pytest.raises(WorkloadError, match="is complete, for other settings"):
+        prepare(str(rows), tmp_path / "out", **{**SMALL, "val_fraction": 0.3})
+    prepare(str(rows), tmp_path / "out", **SMALL)
+
+
 def test_a_source_that_changed_is_begun_again(tmp_path: Path, rows: Path) -> None:
     stop_halfway(rows, tmp_path / "out")
     (rows / "a.jsonl").write_text('{"text": "other"}\n')
