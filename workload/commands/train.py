@@ -143,8 +143,9 @@ def run_training(arguments: argparse.Namespace, world: "World", should_stop: Cal
         )
     if not world.is_first:
         return 0
-    report = save_report(out)
-    if state.step < state.steps or should_stop():
+    stopped = state.step < state.steps or should_stop()
+    report = save_report(out, "stopped" if stopped else "finished")
+    if stopped:
         print(f"stopped at step {state.step} of {state.steps}, saved; go on with")
         print(f"    python -m workload train --resume --out {out}")
         return 0
