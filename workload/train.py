@@ -8,17 +8,19 @@ RUN/starts.jsonl    a line each time it was started   RUN/data/           token 
 import errno
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from workload import checkpoint, microbatch, preflight
+from workload import checkpoint, microbatch, parallel, preflight
 from workload.checkpoint import Checkpoint, State
 from workload.config import Config
 from workload.data import Tokens, Windows, load_split
@@ -32,6 +34,7 @@ from workload.guard import MOST_ROLL_BACKS, MOST_SKIPS, Guard, gather_guard, jud
 from workload.metrics import Metrics
 from workload.model import GPT2, count_parameters, estimate_flops
 from workload.optim import Optimizers, gather_state, make_optimizer, restore_state, state_bytes
+from workload.parallel import ALONE, World
 from workload.prepare import find_shards
 from workload.progress import Reporter
 from workload.report import save_report
@@ -65,10 +68,12 @@ def train(
     clock: Callable[[], float] = time.monotonic,
     should_stop: Callable[[], bool] = lambda: False,
     make_loss: Callable[[GPT2], Loss] = lambda model: model.loss,
+    world: World = ALONE,
 ) -> State:
     """Train until `config.train.steps` or until `should_stop`, going on from the newest checkpoint below `out`.
 
     make_loss: gives what a step calls in place of the model's `loss`, such as its compiled form.
+    world: the processes that train it together; each calls this, in a group that `parallel.joined` made.
     Saved, then evaluated: nothing that evaluation does can lose a step. Returns where the run stands; it is finished
     when its step is its steps and it was not told to stop, which may have cut its last evaluation short.
     """
@@ -81,7 +86,12 @@ def train(
         clock=clock,
         reporter=reporter,
         make_loss=make_loss,
+        world=world,
     )
+
+    def stops() -> bool:
+        return world.any(should_stop())  # all ranks at the same step
+
     try:
         with run.writer:  # its end waits until everything is on the disk
             run.prepare()
@@ -89,14 +99,14 @@ def train(
                 finished = run.state.step >= run.state.steps
                 evaluating = finished or run.state.step % config.train.eval_every == 0
                 # Asked once: who stops has saved, or goes on to the next step and saves that.
-                saving = evaluating or run.state.step % config.train.save_every == 0 or should_stop()
+                saving = evaluating or run.state.step % config.train.save_every == 0 or stops()
                 reporter.pause()
                 if saving and run.state.step:
                     run.save()
                 if evaluating:
                     run.evaluate(should_stop)
                 reporter.go_on()
-                if finished or (saving and should_stop()):
+                if finished or (saving and stops()):
                     return run.state
                 run.update()
                 run.fit_steps()
@@ -123,12 +133,21 @@ def open_run(
     clock: Callable[[], float],
     reporter: Reporter,
     make_loss: Callable[[GPT2], Loss] = lambda model: model.loss,
+    world: World = ALONE,
 ) -> "Run":
     """Data, model and optimizer, new or as the newest complete checkpoint has them."""
-    save_config(out, config)
+    parallel.check(config.train, world, dtype)
+    if world.is_first:
+        save_config(out, config)
     data = config.data
-    shards = find_shards(
-        data.source, out / "data", tokenizer=data.tokenizer, val_fraction=data.val_fraction, threads=threads
+    shards = world.in_turn(
+        lambda: find_shards(
+            data.source,
+            out / "data",
+            tokenizer=data.tokenizer,
+            val_fraction=data.val_fraction,
+            threads=threads,
+        )
     )
     windows = Windows(load_split(shards, "train"), config.model.n_ctx, config.train.seed)
     torch.manual_seed(config.train.seed)
@@ -136,8 +155,8 @@ def open_run(
     state = State(
         step=0, steps=config.train.steps, sequences=0, best_val_loss=None, elapsed_s=0.0, metrics_bytes=0
     )
-    complete = checkpoint.list_complete(out / "checkpoints")
-    saved = checkpoint.load(complete[-1]) if complete else None
+    complete = checkpoint.list_complete(out / "checkpoints") if world.is_first else []
+    saved = parallel.send_checkpoint(checkpoint.load(complete[-1]) if complete else None, world)
     if saved is not None:
         # Steps that were fitted into max_seconds stay, unless other steps are asked for now.
         asked_again = saved.config.train.steps == config.train.steps
@@ -149,25 +168,34 @@ def open_run(
         note=reporter.note,
         clock=clock,
     )
+    alone = make_loss(model)
+    wrapped = parallel.wrap(model, world, alone)
+    parallel.seed_rank(config.train.seed, state.step, world)
+    share = config.train.batch // world.size
     run = Run(
         config=config,
         out=out,
         device=device,
         dtype=dtype,
         model=model,
-        loss=make_loss(model),
+        loss=wrapped.loss,
+        loss_alone=alone,
+        accumulate=wrapped.accumulate,
+        world=world,
         optimizer=make_optimizer(model, config.train),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        feed=Feed(windows, config.train.batch, config.model.vocab_size, device),
+        feed=Feed(
+            windows, config.train.batch, config.model.vocab_size, device, rank=world.rank, world=world.size
+        ),
         val=load_split(shards, "val"),
         tokenizer=load_tokenizer(data.tokenizer),
-        metrics=Metrics(out / METRICS, state.metrics_bytes),
+        metrics=_open_metrics(out, world, state.metrics_bytes),
         writer=writer,
         telemetry=Telemetry(device),
         reporter=reporter,
         clock=clock,
         state=state,
-        micro_batch=config.train.micro_batch,
+        micro_batch=microbatch.bounded(share, 1, wanted) if (wanted := config.train.micro_batch) else 0,
         token_flops=estimate_flops(config.model),
         peak_flops=peak_flops(device, dtype),
         begun_s=clock() - state.elapsed_s,
@@ -188,6 +216,9 @@ class Run:
     dtype: torch.dtype
     model: GPT2  # the weights: what is saved, evaluated and sampled from
     loss: Loss  # of the model, as it is trained: (ids, targets) (B, T) → mean
+    loss_alone: Loss  # the same without the other ranks
+    accumulate: Callable[[], AbstractContextManager[Any]]  # around every part of a step but the last
+    world: World
     optimizer: Optimizers
     scaler: torch.amp.GradScaler  # of the loss, so that gradients in fp16 are not too small for it; else idle
     feed: Feed
@@ -220,10 +251,15 @@ class Run:
         """Tokens a step."""
         return self.config.train.batch * self.config.model.n_ctx
 
+    @property
+    def share(self) -> int:
+        """Sequences of a step that are this rank's."""
+        return self.config.train.batch // self.world.size
+
     def prepare(self) -> None:
         """All that comes before the first step: room on the disk, the micro-batch, and what is said of the run."""
-        disk = self._measure_disk()
-        preflight.check_disk(self.checkpoints, disk)
+        if self.world.is_first:
+            preflight.check_disk(self.checkpoints, self._measure_disk())
         self.micro_batch = self.micro_batch or self._choose_micro_batch()
         self.announce()
 
@@ -265,6 +301,8 @@ class Run:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.world.kind:
+                    raise self._too_large_together() from error
             # Outside of the handler: there the traceback still holds the tensors that filled the memory.
             self._shrink()
             checkpoint.restore_random(random, self.device)
@@ -274,18 +312,24 @@ class Run:
         wanted = self.config.train
         parts = torch.split(self.feed.take(self.state.sequences), self.micro_batch)
         total = torch.zeros((), device=self.device)
-        for part in parts:
-            total += self._backward(part, len(parts))
+        for i, part in enumerate(parts, start=1):
+            with self.accumulate() if i < len(parts) else nullcontext():
+                total += self._backward(part, len(parts))
+        self.world.mean(total)
         for optimizer in self.optimizer.parts:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), wanted.clip or math.inf)
-        loss, grad_norm = torch.stack((total, norm)).tolist()  # the one wait for the device in a step
+        numbers = torch.stack(
+            (total, parallel.full_norm(norm))
+        ).tolist()  # the one wait for the device in a step
+        loss, grad_norm = self.world.agree(*numbers)
         return loss, grad_norm
 
-    def _backward(self, part: Tensor, parts: int) -> Tensor:
+    def _backward(self, part: Tensor, parts: int, *, alone: bool = False) -> Tensor:
         """Add the gradients of one of `parts` micro-batches; returns its share of the loss."""
+        compute = self.loss_alone if alone else self.loss
         with autocast(self.device, self.dtype):
-            loss = self.loss(part[:, :-1], part[:, 1:]) / parts
+            loss = compute(part[:, :-1], part[:, 1:]) / parts
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -336,10 +380,13 @@ class Run:
 
         So a run on a CPU adds up its gradients in the same order however often it is interrupted, to the last bit.
         """
-        batch, n_ctx = self.config.train.batch, self.config.model.n_ctx
-        if self.device.type == "cpu":
-            return microbatch.bounded(batch, n_ctx)
-        trials = self.probe(microbatch.sizes(batch))
+        n_ctx = self.config.model.n_ctx
+        if self.device.type == "cpu" or self.world.kind == "fsdp":  # no rank of fsdp can try alone
+            return microbatch.bounded(self.share, n_ctx)
+        return self.world.first(self._try_sizes() if self.world.is_first else 0)
+
+    def _try_sizes(self) -> int:
+        trials = self.probe(microbatch.sizes(self.share))
         chosen = microbatch.choose(trials)
         if chosen is None:
             raise self._too_large()
@@ -373,7 +420,7 @@ class Run:
         microbatch.reset_peak(self.device)
         try:
             ids = self.feed.load(self.state.sequences, size)
-            took_s = microbatch.time_steps(lambda: float(self._backward(ids, 1)), self.clock)
+            took_s = microbatch.time_steps(lambda: float(self._backward(ids, 1, alone=True)), self.clock)
             if microbatch.over_headroom(self.device):
                 raise torch.OutOfMemoryError(f"micro-batch {size} leaves no room")
         finally:
@@ -383,7 +430,7 @@ class Run:
     def _shrink(self) -> None:
         """Halve the micro-batch, or say that nothing fits."""
         self._clear()
-        size = microbatch.smaller(self.config.train.batch, self.micro_batch)
+        size = microbatch.smaller(self.share, self.micro_batch)
         if size is None:
             raise self._too_large()
         self._event(f"out of memory with micro-batch {self.micro_batch}: going on with {size}")
@@ -393,6 +440,16 @@ class Run:
         """Forget gradients, and give unused memory back."""
         self.optimizer.zero_grad()
         microbatch.free_memory(self.device)
+
+    def _too_large_together(self) -> WorkloadError:
+        """Ranks must take the same number of parts, so one of them cannot go on with smaller ones by itself."""
+        smaller = microbatch.smaller(self.share, self.micro_batch)
+        if smaller is None:
+            return self._too_large()
+        return WorkloadError(
+            f"step {self.state.step}: out of memory on rank {self.world.rank} with micro-batch {self.micro_batch}",
+            f"the same command with --set train.micro_batch={smaller} goes on from the last checkpoint",
+        )
 
     def _too_large(self) -> WorkloadError:
         return WorkloadError(
@@ -410,7 +467,7 @@ class Run:
         """
         wanted, was = self.config.train, self.state
         self.writer.wait()
-        complete = checkpoint.list_complete(self.checkpoints)
+        complete = self.world.first(checkpoint.list_complete(self.checkpoints))
         planned = [path for path in complete if self._is_planned(_step_of(path))] or complete
         usable = [path for path in planned if _step_of(path) <= was.step - MOST_SKIPS] or planned[:1]
         if not usable or self.guard.roll_backs >= MOST_ROLL_BACKS:
@@ -425,18 +482,21 @@ class Run:
                 "blame and not the run, with --set train.guard=0",
             )
         target = usable[-1 - min(self.guard.roll_backs, len(usable) - 1)]
-        saved = checkpoint.load(target)
-        for path in complete[complete.index(target) + 1 :]:
+        loaded = checkpoint.load(target) if self.world.is_first else None
+        saved = parallel.send_checkpoint(loaded, self.world)
+        assert saved is not None
+        for path in complete[complete.index(target) + 1 :] if self.world.is_first else []:
             (path / checkpoint.MANIFEST).unlink()  # from here on it does not exist
             rmtree(path)
-        checkpoint.point(self.checkpoints, "latest", target.name)
+        if self.world.is_first:
+            checkpoint.point(self.checkpoints, "latest", target.name)
         trouble = self.guard
         self.restore(saved)
         self.guard = roll_back(self.guard, trouble)
         self.state = replace(saved.state, sequences=was.sequences, elapsed_s=self.elapsed_s)
         self.first_step = saved.state.step
         _close(self.metrics)
-        self.metrics = Metrics(self.out / METRICS, saved.state.metrics_bytes)
+        self.metrics = _open_metrics(self.out, self.world, saved.state.metrics_bytes)
         self._event(
             f"{MOST_SKIPS} updates up to step {was.step} left out, the last for {reason}: back to step "
             f"{self.state.step}, on with the data after sequence {was.sequences}"
@@ -454,18 +514,23 @@ class Run:
 
     def restore(self, saved: Checkpoint) -> None:
         """All that a checkpoint holds, but for `state`."""
-        self.model.load_state_dict(saved.model)
+        parallel.load_weights(self.model, saved.model)
         extras = {name: t for name, t in saved.optimizer.items() if name.startswith(EXTRAS)}
         moments = {name: t for name, t in saved.optimizer.items() if name not in extras}
         restore_state(self.optimizer, self.model, moments)
-        checkpoint.restore_random(saved.random, self.device)
+        for optimizer in self.optimizer.parts:
+            parallel.shard_optimizer(optimizer)
+        if random := parallel.own_random(saved.random, self.world):  # else: there were fewer ranks then
+            checkpoint.restore_random(random, self.device)
         self.guard = restore_guard(_below("guard/", extras))
         scaler = _below("scaler/", extras)
         if scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict({name: tensor.item() for name, tensor in scaler.items()})
         size = extras.get(f"micro_batch/{self._device_name()}")
         if size is not None and not self.config.train.micro_batch:
-            self.micro_batch = int(size)  # it decides in what order gradients are added up
+            self.micro_batch = microbatch.bounded(
+                self.share, 1, int(size)
+            )  # it decides in what order gradients are added up
 
     def _device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
@@ -500,6 +565,8 @@ class Run:
         steps = fit_steps(
             state.step, state.steps, wanted.steps, state.elapsed_s, wanted.max_seconds, self.pace_since
         )
+        if wanted.max_seconds:
+            steps = self.world.first(steps)  # by the clock of rank 0
         if steps != state.steps:
             self.state = replace(state, steps=steps)
             self._event(
@@ -509,18 +576,30 @@ class Run:
     def save(self) -> None:
         """Begin to write a checkpoint of this step; the rows of metrics so far reach the disk before it is complete."""
         rows = self.out / METRICS
+        model = parallel.gather_tensors(self.model.state_dict(), self.world)
+        optimizer = parallel.gather_tensors(gather_state(self.optimizer, self.model), self.world)
+        random = parallel.gather_random(checkpoint.gather_random(self.device), self.world)
+        if not self.world.is_first:
+            return
         self.state = replace(self.state, elapsed_s=self.elapsed_s, metrics_bytes=rows.stat().st_size)
         self.writer.save(
             self.config,
             self.state,
-            model=self.model.state_dict(),
-            optimizer=gather_state(self.optimizer, self.model) | self.extras(),
-            random=checkpoint.gather_random(self.device),
+            model=model,
+            optimizer=optimizer | self.extras(),
+            random=random,
             beside=[rows],
         )
 
     def evaluate(self, should_stop: Callable[[], bool]) -> None:
-        """Validation loss, the best checkpoint, a sample, the report; any of them only while not told to stop."""
+        """Validation loss, the best checkpoint, a sample, the report; any of them only while not told to stop.
+
+        Several ranks do not stop in it. Rank 0 does it alone, but for fsdp, where it takes all of them.
+        """
+        if self.world.kind == "ddp" and not self.world.is_first:
+            return
+        if self.world.kind:
+            should_stop = _never
         wanted, step = self.config.train, self.state.step
         score = self._score(should_stop)
         if score is None:
@@ -535,7 +614,8 @@ class Run:
         self.reporter.validated(step, score.loss, score.bits_per_byte)
         if step and (self.state.best_val_loss is None or score.loss < self.state.best_val_loss):
             self.state = replace(self.state, best_val_loss=score.loss)
-            self.writer.point_best(step)
+            if self.world.is_first:
+                self.writer.point_best(step)
         if wanted.sample_tokens:
             prompt = self.tokenizer.encode(wanted.sample_prompt) or [self.tokenizer.eot]
             tokens = generate(
@@ -547,11 +627,13 @@ class Run:
                 dtype=self.dtype,
                 should_stop=should_stop,
             )
-            text = "".join(stream_text(self.tokenizer, tokens))
+            with parallel.whole(self.model):
+                text = "".join(stream_text(self.tokenizer, tokens))
             if should_stop():
                 return
             self.metrics.write("sample", step, prompt=wanted.sample_prompt, text=text)
-        save_report(self.out)
+        if self.world.is_first:
+            save_report(self.out)
 
     def _score(self, should_stop: Callable[[], bool]) -> Score | None:
         """The validation loss, with as many sequences at once as fit."""
@@ -568,7 +650,7 @@ class Run:
                     should_stop=should_stop,
                 )
             except RuntimeError as error:
-                if not is_out_of_memory(error) or size == 1:
+                if not is_out_of_memory(error) or size == 1 or self.world.kind == "fsdp":
                     raise
             size //= 2
             self.model.train()
@@ -576,8 +658,12 @@ class Run:
 
     def announce(self) -> None:
         """What is about to happen, for the person and for the report."""
+        if not self.world.is_first:
+            return
         wanted, model = self.config.train, self.config.model
-        environment = describe(self.device, self.dtype)
+        environment = ", ".join(
+            filter(None, (describe(self.device, self.dtype), parallel.describe(self.world)))
+        )
         windows = self.feed.windows
         epochs = self.state.steps * wanted.batch / windows.n
         start = {
@@ -627,9 +713,18 @@ class Run:
         self.reporter.note(f"step {self.state.step}: {text}")
 
 
+def _open_metrics(out: Path, world: World, keep_bytes: int) -> Metrics:
+    """The run's rows; ranks other than 0 write theirs to nowhere."""
+    return Metrics(out / METRICS, keep_bytes) if world.is_first else Metrics(Path(os.devnull), 0)
+
+
 def _close(metrics: Metrics) -> None:
     with metrics:
         pass
+
+
+def _never() -> bool:
+    return False
 
 
 def _step_of(path: Path) -> int:

@@ -316,10 +316,10 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch, too_large: Callable[[Run, int
     """Mock of a GPU's memory: a forward pass of too many sequences raises what CUDA's allocator does."""
     original = Run._backward
 
-    def backward(self: Run, part: torch.Tensor, parts: int) -> torch.Tensor:
+    def backward(self: Run, part: torch.Tensor, parts: int, **options: bool) -> torch.Tensor:
         if too_large(self, len(part)):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return original(self, part, parts)
+        return original(self, part, parts, **options)
 
     monkeypatch.setattr(Run, "_backward", backward)
 
