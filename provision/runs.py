@@ -159,6 +159,7 @@ STOP = r"""
 cd "$folder" 2>/dev/null && [ -e id ] || { echo missing; exit; }
 if [ -e status ]; then echo ended; exit; fi
 : >stop
+case "$(systemctl show -p SubState "$unit.service")" in *=running|*=stop-*) ;; *) now=yes;; esac  # nothing to save
 if [ "$now" ]; then
   echo 137 >.status  # first: with a status it is not started again
   sync .status

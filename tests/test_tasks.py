@@ -11,7 +11,7 @@ import pytest
 from provision.pins import load_pins
 from tests.provision.conftest import KEY
 from tests.sshd import Sshd, sshd
-from tests.transport.trainer import installed, trainer
+from tests.transport.trainer import installed, typed
 
 ROOT = Path(__file__).resolve().parent.parent
 FAB = Path(sys.executable).with_name("fab")
@@ -176,37 +176,10 @@ def test_a_run_from_its_start_to_its_end(sshd: Sshd, box: Path, tmp_path: Path) 
     """Every verb as it is typed. The package that is sent is the trainer that trains nothing (transport/trainer.py)."""
     with installed(sshd):
         pass
-    package = tmp_path / "package"
-    for name, data in trainer().items():
-        (package / name).parent.mkdir(parents=True, exist_ok=True)
-        (package / name).write_bytes(data)
-    sitecustomize = f"""
-import sys
-from pathlib import Path
-import provision.source
-root = Path({str(package)!r})
-files = {{str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.py")}}
-provision.source.package_files = lambda package="workload": files
-"""
-    (tmp_path / "sitecustomize.py").write_text(sitecustomize)
+    typed_fab = typed(tmp_path, box)
 
     def run_fab(*words: str) -> str:
-        path = os.environ.get("PYTHONPATH", "")
-        done = subprocess.run(
-            [str(FAB), "--search-root", str(ROOT), "-H", "box", *words],
-            cwd=tmp_path,
-            env={
-                **os.environ,
-                "METAL_MACHINES": str(box),
-                "XDG_STATE_HOME": str(tmp_path / "state"),
-                "COLUMNS": "200",
-                "PYTHONPATH": f"{tmp_path}{os.pathsep}{path}" if path else str(tmp_path),
-            },
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = typed_fab("box", *words)
         assert "Traceback" not in done.stderr
         return done.stdout + done.stderr
 

@@ -5,10 +5,13 @@ seconds nor a reboot are needed for this; test_jobs.py has the real trainer, tes
 """
 
 import json
+import shutil
+import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -245,7 +248,6 @@ def test_the_start_is_sent_twice_and_there_is_one_run(sshd: Sshd, proxy: Proxy) 
             '[ "$1" != start ] || { echo start >>/run/starts; touch /run/started; sleep 2; }\n'
         )
         real.chmod(0o755)
-        import threading
 
         def cut() -> None:
             wait_for(sshd.path("/run/started").exists, "the unit to start")
@@ -274,6 +276,21 @@ def test_stop_now_does_not_save(host: Host, sshd: Sshd) -> None:
     assert said[-1] == f"{run} on box has ended already."
     with pytest.raises(ProvisionError, match="There is no run nosuch"):
         jobs.stop(host, machine, "nosuch")
+
+
+def test_a_run_that_waits_for_its_next_start_is_stopped_too(
+    host: Host, sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "RESTART_S", 300)
+    sshd.path(f"{HOME}/crash").write_text("7 9")
+    run = train(host, 1000, detach=True)
+    wait_for(lambda: "starting again in 300 s" in log_of(sshd, run), "the crash")
+    said: list[str] = []
+    jobs.stop(host, host.wanted.machine, say=said.append)
+    assert "was ended" in said[-1]
+    assert status_of(sshd, run)
+    assert systemctl(sshd, "is-active", f"metal-run-{run}") == "inactive"
+    assert systemctl(sshd, "is-enabled", f"metal-run-{run}") == "disabled"
 
 
 def test_logs_sample_report_and_remove(host: Host, sshd: Sshd, tmp_path: Path) -> None:
@@ -494,8 +511,6 @@ def test_data_that_is_nowhere_is_refused_here(host: Host, tmp_path: Path) -> Non
 
 
 def test_the_unit_file_is_plain_and_a_path_with_more_is_refused() -> None:
-    from pathlib import PurePosixPath
-
     text = render_service("r-1", PurePosixPath("/home/ml/metal/runs/r-1"), "ml")
     assert "ConditionPathExists=!/home/ml/metal/runs/r-1/status\n" in text
     assert "ExecStart=/bin/bash /home/ml/metal/runs/r-1/unit /home/ml/metal/runs/r-1\n" in text
@@ -503,9 +518,16 @@ def test_the_unit_file_is_plain_and_a_path_with_more_is_refused() -> None:
         render_service("r-1", PurePosixPath("/home/m l/%i"), "ml")
 
 
-def test_the_script_quotes_what_a_person_wrote() -> None:
-    from pathlib import PurePosixPath
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="there is no systemd-analyze")
+def test_systemd_finds_no_fault_in_the_unit_file(tmp_path: Path) -> None:
+    unit = tmp_path / "metal-run-r-1.service"
+    unit.write_text(render_service("r-1", PurePosixPath("/home/ml/metal/runs/r-1"), "root"))
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert str(unit.name) not in done.stderr, done.stderr
+    assert done.returncode == 0
 
+
+def test_the_script_quotes_what_a_person_wrote() -> None:
     script = train_script(
         Folder(PurePosixPath("/home/ml/metal")), "abc", "r-1", ["--set", "train.sample_prompt=$(x) 'y'"]
     )

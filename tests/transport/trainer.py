@@ -4,13 +4,19 @@ The trainer has the command line, the files and the manners of the real one (it 
 newest checkpoint, its rows are a function of the step), but needs no torch: a start takes 50 ms, not seconds.
 """
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from provision.apply import gather_facts
 from provision.host import Host, connect
 from provision.preflight import wanted_environment
 from tests.sshd import Sshd
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Crashes with the status in ~/crash at the step that is named there: "STEP STATUS". Sleeps ~/pace seconds a step.
 TRAINER = """
@@ -110,12 +116,49 @@ def trainer() -> dict[str, bytes]:
     return {"workload/__init__.py": b"", "workload/__main__.py": TRAINER.encode()}
 
 
+def typed(folder: Path, machines: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`fab -H …` as a program, in `folder`, which sends the trainer that trains nothing."""
+    package = folder / "package"
+    for name, data in trainer().items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_bytes(data)
+    (folder / "sitecustomize.py").write_text(
+        "from pathlib import Path\nimport provision.source\n"
+        f"root = Path({str(package)!r})\n"
+        "files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob('*.py')}\n"
+        "provision.source.package_files = lambda package='workload': files\n"
+    )
+    environment = {
+        **os.environ,
+        "METAL_MACHINES": str(machines),
+        "XDG_STATE_HOME": str(folder / "state"),
+        "COLUMNS": "200",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))),
+    }
+    environment.pop("SSH_AUTH_SOCK", None)
+    fab = [str(Path(sys.executable).with_name("fab")), "--search-root", str(ROOT)]
+
+    def run(hosts: str, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*fab, "-H", hosts, *words],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
 @contextmanager
-def installed(sshd: Sshd, port: int = 0) -> Iterator[Host]:
+def installed(sshd: Sshd, port: int = 0, name: str = "box") -> Iterator[Host]:
     """A session to a machine that has what provision leaves behind, as far as a run looks at it."""
-    sshd.pin()
-    sshd.path("/etc/metal-to-model").write_text("box\n")
-    machine = sshd.machine(port=port)
+    sshd.pin(name=name)
+    sshd.path("/etc/metal-to-model").write_text(f"{name}\n")
+    machine = sshd.machine(port=port, name=name)
     with connect(machine, sshd.pins) as session:
         folder = wanted_environment(machine, gather_facts(session))
         sshd.inside("ln", "-sfnT", "/opt/metal/envs/here", folder)
