@@ -1,6 +1,6 @@
 """Every cut in every Step: hours. `make faults`, or a part of it:
 
-    python -m tests.faults [--kinds connection,process,power] [--stages live,installed] [--sample K] [--seed S]
+    python -m tests.faults [--kinds connection,process,power] [--stages live,installed] [--places N] [--sample K] [--seed S]
 
 First one installation without a fault, for its Steps and for what came of it. Then one for each kind, cut again and
 again on its way. `--go-on` keeps the installations that an earlier call finished. Exit 1 where a machine was not
@@ -22,6 +22,7 @@ from provision.rehearsal.bed import DEFAULT_CACHE, Bed
 from tests.faults.compare import Difference, differences
 from tests.faults.cuts import (
     KINDS,
+    PLACES,
     STAGES,
     Cut,
     Hit,
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
             reference = load(folder, REFERENCE) or install(bed, folder, REFERENCE, [], None)
             steps: dict[Stage, dict[str, float]] = reference.outcome.steps
             for kind in arguments.kinds:
-                cuts = plan_cuts(steps, kind, arguments.seed, arguments.stages)
+                cuts = plan_cuts(steps, kind, arguments.seed, arguments.stages, arguments.places)
                 if arguments.sample:
                     cuts = sample_cuts(cuts, arguments.sample, arguments.seed)
                 load(folder, kind) or install(bed, folder, kind, cuts, reference)
@@ -134,6 +135,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--kinds", type=parse_kinds, default=kinds, help=f"of {', '.join(KINDS)}; '' for none"
     )
     parser.add_argument("--stages", type=parse_stages, default=list(STAGES), help=f"of {', '.join(STAGES)}")
+    parser.add_argument("--places", type=int, default=PLACES, help=f"cuts in a long Step (default {PLACES})")
     parser.add_argument("--sample", type=int, default=0, help="so many cuts of each kind, by chance; 0: all")
     parser.add_argument("--seed", type=int, default=1, help="for the places within the Steps, and the sample")
     parser.add_argument("--go-on", action="store_true", help="keep what an earlier call finished")

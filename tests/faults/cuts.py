@@ -60,9 +60,13 @@ class Hit:
 
 
 def plan_cuts(
-    steps: Mapping[Stage, Mapping[str, float]], kind: Kind, seed: int, stages: Sequence[Stage] = STAGES
+    steps: Mapping[Stage, Mapping[str, float]],
+    kind: Kind,
+    seed: int,
+    stages: Sequence[Stage] = STAGES,
+    places: int = PLACES,
 ) -> list[Cut]:
-    """A cut in every Step of the stages, in their order; several in a long one. The same seed gives the same cuts.
+    """A cut in every Step of the stages, in their order; `places` in a long one. The same seed gives the same cuts.
 
     `steps`: per stage, name → seconds that the Step took without a fault.
     """
@@ -70,19 +74,19 @@ def plan_cuts(
     found: list[Cut] = []
     for stage in stages:
         for name, seconds in steps[stage].items():
-            for after_s in delays(seconds, chance):
+            for after_s in delays(seconds, chance, places):
                 drop, drop_s = DROPS[len(found) % len(DROPS)]
                 found.append(Cut(stage, name, kind, round(after_s, 3), drop, drop_s))
         found += [Cut(stage, "", kind, line=line) for at, line in MOMENTS.get(kind, ()) if at == stage]
     return found
 
 
-def delays(seconds: float, chance: random.Random) -> list[float]:
-    """Places within a Step, in order."""
+def delays(seconds: float, chance: random.Random, places: int = PLACES) -> list[float]:
+    """Seconds after the Step's begin, rising: `places` of them in a long one, one in a short one."""
     if seconds < LONG_S:
         return [chance.choice((0.0, 0.0, chance.uniform(0, SHORT_DELAY_S)))]
-    share = 0.85 * seconds / PLACES  # it may be quicker the next time
-    return [place * share + chance.uniform(0.05, 0.8) * share for place in range(PLACES)]
+    share = 0.85 * seconds / places  # it may be quicker the next time
+    return [place * share + chance.uniform(0.05, 0.8) * share for place in range(places)]
 
 
 def sample_cuts(cuts: Sequence[Cut], count: int, seed: int) -> list[Cut]:

@@ -42,6 +42,8 @@ def test_every_step_is_cut_and_a_long_one_at_rising_places() -> None:
         assert all(cut.after_s < 0.1 for cut in cuts if STEPS[cut.stage].get(cut.step, 0) < 5)
         assert cuts == plan_cuts(STEPS, kind, seed=3)
         assert cuts != plan_cuts(STEPS, kind, seed=4)
+        once = [cut.step for cut in plan_cuts(STEPS, kind, seed=3, places=1) if cut.step]
+        assert once == [*STEPS["live"], *STEPS["installed"]]
 
 
 def test_between_the_steps_and_the_reboot_is_a_cut_too() -> None:
