@@ -2,13 +2,16 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pytest_mock import MockerFixture
 
 from provision.errors import ProvisionError
 from provision.facts import Facts
@@ -25,7 +28,7 @@ from provision.machine import (
 from provision.schema import SCHEMA, named_examples
 from provision.steps import File, Step, User, render_apply, render_plan, render_probes
 from provision.steps import make_plan as plan_of_steps
-from provision.system import system
+from provision.system import CONCERNS, system
 from provision.templates import check_template, fill
 from tests.provision.conftest import KEY, Run, machine_folder
 from tests.provision.test_steps import apply, plan_of
@@ -138,7 +141,7 @@ def test_every_key_of_a_table_is_in_the_example_and_has_a_meaning_in_the_schema(
         if isinstance(thing.each, dict):
             assert set(each["properties"]) == set(thing.each)
             for key, described in each["properties"].items():
-                assert described.get("description") or key == "file", f"{section}.{key}"
+                assert described.get("description"), f"{section}.{key}"
     assert properties["lines"]["additionalProperties"]["anyOf"][0]["required"] == ["file"]
 
 
@@ -494,3 +497,67 @@ def test_a_checked_file_is_probed_like_any_file() -> None:
     plain, tried = File("/etc/x", "a", why=""), CheckedFile("/etc/x", "a", why="", check="true", user="ml")
     assert (plain.probe, plain.expect, plain.name) == (tried.probe, tried.expect, tried.name)
     assert re.search(r"metal-new.*\n.*refused", tried.script, re.DOTALL)
+
+
+# --- drift --------------------------------------------------------------------------------------------------
+
+MANAGED = "".join(
+    f'[files."/etc/own/file{n}"]\ntext = "one\\ntwo {n}\\n"\nmode = "640"\n[folders."/srv/folder{n}"]\nmode = "750"\n'
+    f'[lines.line{n}]\nfile = "/etc/lines{n}"\nline = "wanted"\nmatch = "^(un)?wanted$"\n[users.user{n}]\ngroups = ["wheel"]\n'
+    for n in range(10)
+) + "[links]\n" + "".join(f'"/etc/own/link{n}" = "/srv/folder{n}"\n' for n in range(10))  # fmt: skip
+# kind of Step → what may happen to it, as bash over $path
+DAMAGE = {
+    "file": ["echo other > $path", "chmod 600 $path", "chown 0:998 $path", "rm $path", "mv $path x; ln -s ../x $path", "echo >> $path; echo a >> $path"],
+    "directory": ["chmod 700 $path", "chown 1:0 $path", "rmdir $path", "rmdir $path; touch $path; rm $path"],
+    "link": ["ln -sfn /elsewhere $path", "rm $path", "rm $path; touch $path"],
+    "line": ["echo unwanted >> $path", "rm $path", "echo wanted >> $path", "echo other > $path"],
+    "user": ["sed -i '/^'$name':/s,/bin/bash,/bin/false,' etc/passwd", "rm -r home/$name", "sed -i -E '/^wheel:/s/,?'$name'\\>//' etc/group", "sed -i '/^'$name':/d' etc/passwd etc/group etc/shadow"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_whatever_changes_is_shown_and_mended(
+    run: Run, root: Path, tmp_path: Path, machine: Machine, live: Facts, seed: int
+) -> None:
+    """Fifty things, each changed in a way drawn by chance: the plan lists these and no other, and mends them."""
+    chance = random.Random(seed)
+    (root / "srv").mkdir()
+    steps = [
+        step
+        for step in added(wish(tmp_path / "own", MANAGED), machine, live, "installed")
+        if not step.packages
+    ]
+    assert len(steps) == 50
+    first = apply(run, root, plan_of(run, root, steps))
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert not plan_of(run, root, steps)
+    harmed = chance.sample(steps, 25)
+    for step in harmed:
+        kind, _, rest = step.name.partition(" ")
+        path = rest.rpartition(" of ")[2]
+        done = chance.choice(DAMAGE[kind])
+        script = f"path={path.lstrip('/')} name={rest.split()[0]}\n{done}"
+        subprocess.run(["bash", "-euc", script], cwd=root, check=True)
+    plan = plan_of(run, root, steps)
+    assert {planned.step.name for planned in plan.pending} == {step.name for step in harmed}
+    mended = apply(run, root, plan)
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+    assert not plan_of(run, root, steps)
+
+
+def test_the_concern_in_the_readme_is_one(mocker: MockerFixture, machine: Machine, live: Facts) -> None:
+    """A person copies it beside the others, with the imports that those have, and puts its name into the list."""
+    readme = (PACKAGED_DEFAULTS.parent.parent / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(def \w+\(machine: Machine, facts: Facts\)[^`]*)```", readme)
+    names: dict[str, Any] = {}
+    exec(
+        "from collections.abc import Iterator\nfrom provision.facts import Facts\nfrom provision.machine import Machine\n"
+        f"from provision.steps import *\n{example}",
+        names,
+    )
+    concern = names[re.match(r"def (\w+)", example)[1]]  # type: ignore[index]
+    cellar = replace(machine, name="cellar1")
+    plain = system(cellar, live, NOW)
+    mocker.patch("provision.system.CONCERNS", (*CONCERNS, concern))
+    assert {step.name for step in system(cellar, live, NOW)} - {step.name for step in plain}
