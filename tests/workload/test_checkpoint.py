@@ -206,3 +206,12 @@ def test_generators_come_back() -> None:
     first = torch.rand(3)
     checkpoint.restore_random(states, torch.device("cpu"))
     assert torch.equal(torch.rand(3), first)
+
+
+def test_generators_of_other_devices_and_ranks_are_left_alone() -> None:
+    device = torch.device("cpu")
+    states = checkpoint.gather_random(device)
+    first = torch.rand(3)
+    other = torch.zeros(16, dtype=torch.uint8)
+    checkpoint.restore_random(states | {"cuda": other, "cpu/1": other, "cuda/1": other}, device)
+    assert torch.equal(torch.rand(3), first)

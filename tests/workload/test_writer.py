@@ -3,6 +3,9 @@
 import errno
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,8 +16,10 @@ from torch import Tensor
 
 from tests.workload.test_checkpoint import CONFIG, state_of
 from workload import checkpoint
+from workload.__main__ import main
 from workload.checkpoint import find, list_complete, load
 from workload.errors import WorkloadError
+from workload.metrics import load_rows
 from workload.writer import Writer
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -229,6 +234,66 @@ def test_an_error_in_any_phase_is_readable_and_costs_nothing_saved(
         assert not list(folder.glob(".step-*"))
         save_and_point(folder)
         assert {path.name for path in folder.iterdir()} == {"step-00000003", "latest", "best"}
+
+
+@pytest.fixture
+def signals_as_before() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+FULL = """
+import resource, sys
+from workload import train
+from workload.__main__ import main
+update = train.Run.update
+def update_on_a_full_disk(run):
+    if run.state.step == 5:  # from here on no file can be longer: the write fails in the middle, as on a full disk
+        run.writer.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+    update(run)
+train.Run.update = update_on_a_full_disk
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "complaint"),
+    [(9000, "the checkpoint of step 8 could not be written below "), (400, "step 6: ")],
+    ids=["tensors", "rows"],
+)
+def test_a_disk_that_fills_up_costs_no_more_than_the_steps_since_the_last_checkpoint(
+    tmp_path: Path, text: Path, limit: int, complaint: str, signals_as_before: None
+) -> None:
+    out = tmp_path / "run"
+    command = ["train", "--out", str(out), "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--set"]
+    command += [
+        f"source={text}",
+        *["tokenizer=bytes", "n_layer=1", "n_head=2", "n_embd=16", "n_ctx=16", "batch=2"],
+    ]
+    command += ["micro_batch=2", "max_seconds=0", "eval_every=100", "eval_sequences=2", "sample_tokens=0"]
+    command += ["save_every=4", "steps=12"]
+    child = subprocess.run(
+        [sys.executable, "-c", FULL, str(limit), *command],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert child.returncode == 1, child.stderr
+    assert f"error: {complaint}" in child.stderr
+    assert "File too large" in child.stderr
+    assert "Traceback" not in child.stderr
+    assert "step-00000004; make room, then: python -m workload train --resume --out" in child.stderr
+    folder = out / "checkpoints"
+    assert {path.name for path in folder.iterdir()} == {"step-00000004", "latest"}
+    assert load(find(folder, "latest")).state.step == 4
+    if limit == 400:  # once is enough: there is room again
+        assert main(["train", "--out", str(out), "--resume", "--device", "cpu", "--threads", "1"]) == 0
+        steps = [row["step"] for row in load_rows(out / "metrics.jsonl") if row["kind"] == "step"]
+        assert steps == list(range(1, 13))
 
 
 @pytest.mark.gpu
