@@ -493,6 +493,30 @@ def test_units_go_from_every_state_to_every_other(tmp_path: Path, first: str, th
     assert "there is no unit missing.service" in missing.stdout
 
 
+@pytest.mark.skipif(not shutil.which("systemctl"), reason="no systemd on this computer")
+@pytest.mark.parametrize("first", ["enabled", "disabled", "masked"])
+@pytest.mark.parametrize("then", ["enabled", "disabled", "masked"])
+def test_the_real_systemctl_agrees_on_a_root_that_is_not_running(
+    tmp_path: Path, first: str, then: str
+) -> None:
+    folder = tmp_path / "usr/lib/systemd/system"
+    folder.mkdir(parents=True)
+    (folder / "a.timer").write_text("[Timer]\nOnBootSec=1\n[Install]\nWantedBy=timers.target\n")
+    (folder / "a.service").write_text("[Service]\nExecStart=/usr/bin/true\n")
+
+    def bash(script: str) -> subprocess.CompletedProcess[str]:
+        words = ["bash", "-euo", "pipefail", "-c", f"root={tmp_path}\n{script}"]
+        return subprocess.run(words, capture_output=True, text=True)
+
+    for state in (first, then):
+        step = UnitState("a.timer", state, why="")
+        result = bash(step.script)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert step.is_done(bash(f"set +e\n{step.probe}").stdout), state
+    cannot = bash(UnitState("a.service", "enabled", why="").script)
+    assert "a.service is static, and cannot be enabled" in cannot.stdout
+
+
 def test_a_checked_file_is_probed_like_any_file() -> None:
     plain, tried = File("/etc/x", "a", why=""), CheckedFile("/etc/x", "a", why="", check="true", user="ml")
     assert (plain.probe, plain.expect, plain.name) == (tried.probe, tried.expect, tried.name)
