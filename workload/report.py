@@ -102,8 +102,12 @@ class LiveReport:
 
     def step(self) -> None:
         """Write it when it is due. To be called after any step; costs a look at the clock otherwise."""
-        if self._clock() >= self._due:
+        if self._clock() < self._due:
+            return
+        try:
             self.save("at work")
+        except OSError:  # a full disk: whether the run can go on is for its checkpoints to say
+            self._due = self._clock() + EVERY_S
 
     def save(self, status: Status) -> None:
         begun = self._clock()

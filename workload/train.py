@@ -37,7 +37,7 @@ from workload.optim import Optimizers, gather_state, make_optimizer, restore_sta
 from workload.parallel import ALONE, World
 from workload.prepare import find_shards
 from workload.progress import Reporter
-from workload.report import save_report
+from workload.report import LiveReport
 from workload.runs import save_config
 from workload.schedule import fit_steps, learning_rate
 from workload.telemetry import Telemetry
@@ -101,6 +101,7 @@ def train(
                 # Asked once: who stops has saved, or goes on to the next step and saves that.
                 saving = evaluating or run.state.step % config.train.save_every == 0 or stops()
                 reporter.pause()
+                run.show()
                 if saving and run.state.step:
                     run.save()
                 if evaluating:
@@ -193,6 +194,7 @@ def open_run(
         writer=writer,
         telemetry=Telemetry(device),
         reporter=reporter,
+        report=LiveReport(out),
         clock=clock,
         state=state,
         micro_batch=microbatch.bounded(share, 1, wanted) if (wanted := config.train.micro_batch) else 0,
@@ -228,6 +230,7 @@ class Run:
     writer: Writer  # of checkpoints, in the background
     telemetry: Telemetry
     reporter: Reporter
+    report: LiveReport
     clock: Callable[[], float]
     state: State
     micro_batch: int  # sequences a forward pass; 0 until `prepare` has chosen
@@ -633,7 +636,12 @@ class Run:
                 return
             self.metrics.write("sample", step, prompt=wanted.sample_prompt, text=text)
         if self.world.is_first:
-            save_report(self.out)
+            self.report.save("finished" if step >= self.state.steps else "at work")
+
+    def show(self) -> None:
+        """Bring the report up to date now and then, for who watches it."""
+        if self.world.is_first:
+            self.report.step()
 
     def _score(self, should_stop: Callable[[], bool]) -> Score | None:
         """The validation loss, with as many sequences at once as fit."""

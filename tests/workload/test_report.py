@@ -198,6 +198,19 @@ def test_a_live_report_comes_when_it_is_due_and_at_the_end(run: Path) -> None:
     assert ">finished</span>" in text
 
 
+def test_a_report_that_cannot_be_written_does_not_end_the_run(run: Path) -> None:
+    clock = Clock()
+    report = LiveReport(run, clock)
+    (run / ".report.html.partial").mkdir()  # in the way, as a full disk is
+    clock.now = 20.0
+    report.step()
+    assert not (run / "report.html").exists()
+    (run / ".report.html.partial").rmdir()
+    clock.now = 40.0
+    report.step()
+    assert (run / "report.html").exists()
+
+
 def test_a_report_that_takes_long_waits_for_longer(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that takes 2 s of the run's time is written every 200 s: a hundredth."""
     clock, written = Clock(), []
