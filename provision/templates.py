@@ -3,11 +3,15 @@
 Nothing but a name may stand there: a template is text with holes, not a program.
 """
 
+import difflib
 import re
 import string
 from collections.abc import Iterable, Mapping
 
 from provision.layers import nearest
+
+
+KINDS = "; expected name, SECTION.SETTING, values.NAME or screen.scale, .dpi, .font_size"
 
 
 class Template(string.Template):
@@ -32,7 +36,8 @@ def check_template(text: str, known: Iterable[str]) -> tuple[int, str] | None:
         if match["invalid"] is not None:
             return line, "expected a name such as ${system.hostname}; $${ stands for ${ itself"
         if match["braced"] is not None and match["braced"] not in names:
-            return line, f"unknown value ${{{match['braced']}}}{nearest(match['braced'], sorted(names))}"
+            near = nearest(match["braced"], difflib.get_close_matches(match["braced"], names, 1))
+            return line, f"unknown value ${{{match['braced']}}}{near or KINDS}"
     return None
 
 

@@ -187,6 +187,10 @@ text = "b"
             '[files."/etc/a"]\ntemplate = true\ntext = "1\\n${system.hostnam}"',
             ":7: files.\"/etc/a\": line 2 of text: unknown value ${system.hostnam}; did you mean 'system.hostname'?",
         ),
+        (
+            '[files."/etc/a"]\ntemplate = true\ntext = "${zzz}"',
+            "unknown value ${zzz}; expected name, SECTION.SETTING",
+        ),
         ('[files."/etc/a"]\ntemplate = true\ntext = "${HOME}"', "line 1 of text: expected a name such as"),
         ('[files."/etc/a"]\n[links]\n"/etc/a" = "b"', ':7: links."/etc/a": /etc/a is files./etc/a too'),
         ('[files."~/a"]\n[folders."/home/ml/a"]', ':6: folders."/home/ml/a": /home/ml/a is files.~/a too'),
