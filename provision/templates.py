@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 
 from provision.layers import nearest
 
-
 KINDS = "; expected name, SECTION.SETTING, values.NAME or screen.scale, .dpi, .font_size"
 
 
