@@ -1,5 +1,6 @@
 """AdamW with weight decay on matrices only, or Muon on the matrices of the blocks; their state by parameter name."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,40 @@ from workload.config import TrainConfig
 from workload.errors import WorkloadError
 
 STATE = {"AdamW": ("exp_avg", "exp_avg_sq", "step"), "Muon": ("momentum_buffer",)}
+
+
+class Muon(torch.optim.Muon):
+    """torch's; on a CPU with its matrix products in fp32.
+
+    torch has them in bf16, which most CPUs emulate at a small part of the speed, and the products of the demo's update
+    would take longer than the rest of its step. The update is the same but for bf16's rounding.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if self.param_groups[0]["params"][0].device.type != "cpu":
+            super().step(closure)
+            return
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalize(
+                    p.grad.lerp(mean, group["momentum"]), group["ns_coefficients"], group["ns_steps"]
+                )
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, p.size(0) / p.size(1))))
+
+
+def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], turns: int) -> Tensor:
+    """The nearest matrix whose singular values are about 1: Newton-Schulz turns of a quintic (Jordan et al. 2024)."""
+    a, b, c = coefficients
+    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix  # the smaller side's products are fewer
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(turns):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.size(0) > matrix.size(1) else x
 
 
 class Optimizers:
@@ -88,7 +123,7 @@ def make_optimizer(model: nn.Module, train: TrainConfig) -> Optimizers:
         group["peak"] = 1.0
     if not hidden:
         return Optimizers(adamw)
-    muon = torch.optim.Muon(
+    muon = Muon(
         list(hidden.values()),
         lr=train.muon_lr,
         momentum=train.muon_momentum,

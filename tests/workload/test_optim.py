@@ -10,6 +10,7 @@ from workload.config import ModelConfig, TrainConfig
 from workload.errors import WorkloadError
 from workload.model import GPT2
 from workload.optim import (
+    Muon,
     Optimizers,
     decay_groups,
     gather_state,
@@ -85,6 +86,26 @@ def test_an_update_of_muon_moves_every_direction_alike() -> None:
     # Newton-Schulz leaves them between 0.7 and 1.2 where they are not tiny; times 0.05 · √(64 / 16)
     assert moved[:8].min() > 0.05 * 2 * 0.6
     assert moved.max() < 0.05 * 2 * 1.3
+
+
+def test_muon_on_a_cpu_is_torchs_but_for_rounding() -> None:
+    torch.manual_seed(2)
+    start = [torch.randn(48, 16), torch.randn(16, 64), torch.randn(16, 16)]
+    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
+    weights = []
+    for kind in (Muon, torch.optim.Muon):
+        torch.manual_seed(3)
+        mine = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+        optimizer = kind(mine, **options)
+        for _ in range(4):
+            for p in mine:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        weights.append([p.detach() for p in mine])
+    for ours, theirs, before in zip(*weights, start, strict=True):
+        far = (theirs - before).norm()
+        assert (ours - theirs).norm() < 0.03 * far  # bf16 has two to three digits
+        assert far > 0.3
 
 
 @pytest.mark.parametrize("train", [ADAMW, MUON], ids=["adamw", "muon"])
