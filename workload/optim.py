@@ -23,7 +23,7 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         if self.param_groups[0]["params"][0].device.type != "cpu":
-            super().step(closure)
+            super().step(closure)  # type: ignore[no-untyped-call]
             return
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):

@@ -139,7 +139,7 @@ def test_words_and_numbers_that_make_no_sense(setting: str, complaint: str) -> N
 
 def test_a_configuration_from_before_there_were_these_keys_still_loads() -> None:
     new = ("optimizer", "muon_lr", "muon_momentum", "schedule", "decay", "guard", "guard_window")
-    lines = render_toml(load_config("demo", ["micro_batch=12"])).splitlines()
+    lines = render_toml(load_config("gpt2-124m", ["micro_batch=8"])).splitlines()
     old = "\n".join(line for line in lines if line.partition(" = ")[0] not in new)
     assert len(lines) - len(old.splitlines()) == len(new)
-    assert parse_config(old, where="test") == load_config("demo", ["micro_batch=12"])
+    assert parse_config(old, where="test") == load_config("gpt2-124m", ["micro_batch=8"])
