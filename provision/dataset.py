@@ -1,7 +1,7 @@
 """What `train --data` names, and how it comes to the host.
 
 A file or folder of this computer is sent once, under the hash of its content: metal/data/HASH/NAME. A name that
-`workload prepare` knows is made into shards on the host, inside the run's unit: metal/data/NAME-TOKENIZER-…. Both are
+`workload prepare` knows is made into shards on the host, inside the run's unit: metal/data/NAME-TOKENIZER. Both are
 complete or not there.
 """
 
@@ -17,8 +17,11 @@ from provision.host import Host
 from provision.runs import Folder
 from provision.transfer import human
 from provision.units import variables
+from workload.config import DataConfig
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+NAME = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9][A-Za-z0-9._:@-]*)?"
+)  # also hf:OWNER/NAME:CONFIG@COMMIT
 
 Say = Callable[[str], object]
 
@@ -70,7 +73,8 @@ def find_data(data: str, tokenizer: str, val_fraction: float, say: Say) -> Data:
         )
     # Where another tokenizer or split is wanted, these are other shards.
     slug = re.sub(r"[^A-Za-z0-9._-]", "-", data)
-    return Data(key=f"data/{slug}-{tokenizer}-{val_fraction:g}", prepare=data)
+    split = "".join(f"-{word}" for word in split_options(val_fraction)[1:])
+    return Data(key=f"data/{slug}-{tokenizer}{split}", prepare=data)
 
 
 def gather_local(path: Path, say: Say) -> Data:
@@ -128,8 +132,14 @@ def send_data(host: Host, folder: Folder, data: Data, say: Say) -> None:
 
 
 def prepare_arguments(data: Data, folder: Folder, tokenizer: str, val_fraction: float) -> list[str]:
-    """Of `workload prepare`; the folder it makes is the last. None where nothing is to be prepared."""
+    """Of `workload prepare`; the folder it makes is the last. [] where nothing is to be prepared."""
     if not data.prepare:
         return []
-    options = ["--tokenizer", tokenizer, "--val-fraction", f"{val_fraction:g}"]
+    options = ["--tokenizer", tokenizer, *split_options(val_fraction)]
     return [data.prepare, *options, "--out", data.source(folder)]
+
+
+def split_options(val_fraction: float) -> list[str]:
+    """Only what a person chose: `prepare` has a default of its own for each kind of source."""
+    chosen = val_fraction != DataConfig().val_fraction
+    return ["--val-fraction", f"{val_fraction:g}"] if chosen else []

@@ -1,5 +1,6 @@
 """Training on a host: the real workload, sent, started as a unit, followed, stopped, gone on with."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from provision import jobs
+from provision import jobs, runs
 from provision.errors import ProvisionError
 from provision.fetch import fetch_checkpoints
 from provision.host import Host, connect
@@ -114,6 +115,24 @@ def test_a_stopped_run_has_saved_ends_well_and_can_go_on(host: Host, sshd: Sshd)
     assert log_of(sshd, run).count("stopped at step") == 2, "the log is added to"
     with pytest.raises(ProvisionError, match="There is no run nosuch on box"):
         jobs.resume(host, machine, "nosuch")
+
+
+def test_a_killed_trainer_is_started_again_and_loses_no_row(
+    host: Host, sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "RESTART_S", 0)
+    run = train(
+        host, [*TINY, "train.steps=300", "train.eval_every=300", "train.save_every=40"], [], detach=True
+    )
+    wait_for(lambda: "step  60/300" in log_of(sshd, run), "steps", 60)
+    sshd.inside("pkill", "-KILL", "-f", "workload train")
+    lines: list[str] = []
+    jobs.attach(host, host.wanted.machine, run, on_line=lines.append, say=lines.append)
+    assert "metal: ended with status 137; starting again in 0 s" in log_of(sshd, run)
+    assert "going on from step" in log_of(sshd, run)
+    text = sshd.path(f"{RUNS}/{run}/metrics.jsonl").read_text()
+    rows = [row["step"] for row in map(json.loads, text.splitlines()) if row["kind"] == "step"]
+    assert rows == list(range(1, 301))
 
 
 def test_a_failing_run_is_a_failure_with_its_last_lines(host: Host, sshd: Sshd) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from provision import jobs, preflight, runs
+from provision.dataset import find_data, prepare_arguments
 from provision.errors import ProvisionError
 from provision.host import Host
 from provision.runs import Folder, render_service, train_script
@@ -483,13 +484,13 @@ def test_a_name_is_prepared_on_the_host_in_the_unit(host: Host, sshd: Sshd) -> N
     hold.unlink()
     jobs.attach(host, host.wanted.machine, run, on_line=said.append, say=said.append)
     assert said[-1] == "trained 3 steps"
-    assert sshd.path(f"{HOME}/metal/data/fineweb-10b-gpt2-0.1/train.bin").exists()
+    assert sshd.path(f"{HOME}/metal/data/fineweb-10b-gpt2/train.bin").exists()
     train(host, 3, said, data="fineweb-10b")
     assert log_of(sshd, run).count("preparing") == 2
     with pytest.raises(ProvisionError, match="there is no data set nosuch"):
         train(host, 3, data="nosuch")
     hold.touch()
-    run = train(host, 3, data="openwebtext/x", detach=True)
+    run = train(host, 3, data="hf:openwebtext/x:y@1", detach=True)
     wait_for(lambda: "preparing" in log_of(sshd, run), "preparation")
     jobs.stop(host, host.wanted.machine, say=said.append)
     assert status_of(sshd, run) == "0", "stopped before it had begun to train"
@@ -508,6 +509,17 @@ def test_data_that_is_nowhere_is_refused_here(host: Host, tmp_path: Path) -> Non
 
 
 # Values
+
+
+def test_a_split_that_was_chosen_makes_other_shards() -> None:
+    folder = Folder(PurePosixPath("/home/ml/metal"))
+    seen = find_data("hf:a/b:c@d", "bytes", 0.05, print)
+    assert seen.key == "data/hf-a-b-c-d-bytes-0.05"
+    assert prepare_arguments(seen, folder, "bytes", 0.05) == [
+        *("hf:a/b:c@d", "--tokenizer", "bytes", "--val-fraction", "0.05"),
+        *("--out", "/home/ml/metal/data/hf-a-b-c-d-bytes-0.05"),
+    ]
+    assert "--val-fraction" not in prepare_arguments(find_data("x", "gpt2", 0.1, print), folder, "gpt2", 0.1)
 
 
 def test_the_unit_file_is_plain_and_a_path_with_more_is_refused() -> None:
