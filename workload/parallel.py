@@ -127,6 +127,7 @@ def joined(world: World, device: torch.device, timeout_s: float = TIMEOUT_S) -> 
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         yield
+        dist.destroy_process_group()  # after an error that could wait for a rank that is gone
     except RuntimeError as error:
         if not _is_lost(error):
             raise
@@ -135,9 +136,6 @@ def joined(world: World, device: torch.device, timeout_s: float = TIMEOUT_S) -> 
             "the error of the rank that ended first is above; the same command with --resume goes on from the "
             "last checkpoint",
         ) from error
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _is_lost(error: RuntimeError) -> bool:
