@@ -34,6 +34,8 @@ TOOLS = (
     Tool("/usr/sbin/sshd", "openssh-server", "openssh"),  # for the tests of the transport
     Tool("dropbear", "dropbear-bin", "dropbear"),  # for those too
     Tool("cryptsetup", "cryptsetup-bin", "cryptsetup"),
+    Tool("nft", "nftables", "nftables"),  # for the tests of the person's base
+    Tool("visudo", "sudo", "sudo"),
 )
 # What differs between the two distributions: where the firmware lies, and who can make a Debian root.
 DEBIAN_ONLY = (
