@@ -169,8 +169,7 @@ def open_run(
         note=reporter.note,
         clock=clock,
     )
-    alone = make_loss(model)
-    wrapped = parallel.wrap(model, world, alone)
+    wrapped = parallel.wrap(model, world, make_loss(model))
     parallel.seed_rank(config.train.seed, state.step, world)
     share = config.train.batch // world.size
     run = Run(
@@ -180,7 +179,7 @@ def open_run(
         dtype=dtype,
         model=model,
         loss=wrapped.loss,
-        loss_alone=alone,
+        loss_alone=model.loss,
         accumulate=wrapped.accumulate,
         world=world,
         optimizer=make_optimizer(model, config.train),
@@ -218,7 +217,7 @@ class Run:
     dtype: torch.dtype
     model: GPT2  # the weights: what is saved, evaluated and sampled from
     loss: Loss  # of the model, as it is trained: (ids, targets) (B, T) → mean
-    loss_alone: Loss  # the same without the other ranks
+    loss_alone: Loss  # without other ranks, and uncompiled: trials would compile each size anew
     accumulate: Callable[[], AbstractContextManager[Any]]  # around every part of a step but the last
     world: World
     optimizer: Optimizers
@@ -409,10 +408,7 @@ class Run:
         fresh = not gather_state(self.optimizer, self.model)
         reserve = state_bytes(self.model, self.config.train) if fresh and self.device.type == "cuda" else 0
         ballast = torch.empty(reserve, dtype=torch.uint8, device=self.device)
-        # Uncompiled, which needs no less memory: compiling takes a minute, each size anew.
-        as_trained, self.loss = self.loss, self.model.loss
         trials = microbatch.probe(candidates, self._try_size)
-        self.loss = as_trained
         del ballast
         self._clear()
         checkpoint.restore_random(random, self.device)
