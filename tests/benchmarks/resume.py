@@ -189,7 +189,7 @@ def render(tally: Tally, steps: int, took_s: float) -> str:
         TITLE,
         "",
         f"`python -m tests.benchmarks.resume --kills {tally.kills.total()} --steps {steps}`: {tally.kills.total()} times "
-        f"`kill -9`, {tally.starts} starts, {tally.finished} runs that came to their end, "
+        f"`kill -9`, {tally.starts} starts, runs that came to their end: {tally.finished}; "
         f"{took_s / 60:.0f} minutes. Every start resumed. Every run that ended had the loss rows, the last weights, "
         "moments and generators of the run that was never interrupted, bit for bit.",
         "",
