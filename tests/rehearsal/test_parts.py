@@ -173,6 +173,7 @@ def test_uv_comes_out_of_its_wheel(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["nvidia_cublas_cu13-1-py3-none-any.whl", "triton-3-cp311-none-any.whl"])
 def test_wheels_of_cuda_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "torch-2.13.0+cpu-cp311-cp311-linux.whl").write_bytes(b"")
+    (tmp_path / "nvidia_ml_py-13.615.71-py3-none-any.whl").write_bytes(b"")
     wheels.check(tmp_path)
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(ProvisionError, match=name):
