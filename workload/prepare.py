@@ -144,12 +144,13 @@ def prepare(
             f"--tokens {tokens} --val-fraction {val_fraction}: a count and a fraction between 0 and 1 are needed"
         )
     request = Request(source, tokenizer, val_fraction, tokens, column, piece_bytes, shard_tokens)
+    out = Path(os.path.abspath(out)) if not out.name else out  # "." has no name to put another beside
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _look_at_finished(request, out, note)
     staging = out.with_name(f".{out.name}.partial")
     with full_disk_is_readable(staging):
         staging.mkdir(parents=True, exist_ok=True)
-        with _only_one(staging):
+        with _only_one(staging), _nothing_is_left_of_nothing(staging):
             if not (staging / META).exists():
                 opened = _begin_or_go_on(request, staging, note)
                 meta = _Preparation(
@@ -199,9 +200,21 @@ def _look_at_finished(request: Request, out: Path, note: Callable[[str], None]) 
     made = load_meta(out).get("request") if (out / META).exists() else None
     if made != asdict(request):
         raise WorkloadError(f"{out} exists and is not empty", "name another --out, or remove it")
+    meta = load_meta(out)
+    if not meta["repository"] and _hash_names(open_local(request.source)) != meta["files_sha256"]:
+        raise WorkloadError(
+            f"{out} was made from {request.source}, which has changed since",
+            "name another --out, or remove it",
+        )
     check_folder(out, TOKENIZERS[request.tokenizer])
     note(f"{out} is complete already; --verify reads all of it")
-    return load_meta(out)
+    return meta
+
+
+def _hash_names(source: Source) -> str:
+    """Of the files' names, sizes and stamps: another one when any of them is another file."""
+    files = [[file.name, file.size, file.stamp] for file in source.files]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 @contextmanager
@@ -217,6 +230,17 @@ def _only_one(staging: Path) -> Iterator[None]:
         ) from error
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _nothing_is_left_of_nothing(staging: Path) -> Iterator[None]:
+    """A command that failed before it began leaves no folder."""
+    try:
+        yield
+    except WorkloadError:
+        if staging.exists() and not any(staging.iterdir()):
+            staging.rmdir()
+        raise
 
 
 def _begin_or_go_on(request: Request, staging: Path, note: Callable[[str], None]) -> Source:
@@ -397,12 +421,15 @@ class _Preparation:
         shards = {
             name: about for split in SPLITS for name, about in describe_shards(split, progress[split]).items()
         }
-        files = [[file.name, file.size, file.stamp] for file in self.source.files]
+        if not self.source.repository and open_local(request.source).files != self.source.files:
+            raise WorkloadError(
+                f"{request.source} was changed while it was read", "the same command begins again"
+            )
         return {
             "source": request.source,
             "repository": self.source.repository,
             "revision": self.source.revision,
-            "files_sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+            "files_sha256": _hash_names(self.source),
             "tokenizer": request.tokenizer,
             "split_by": "document" if self.source.by_document else "place in the text",
             **{f"{split}_tokens": progress[split].total for split in SPLITS},

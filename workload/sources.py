@@ -417,6 +417,8 @@ def _read_jsonl(segment: Segment, column: str) -> Iterator[tuple[str, Any]]:
         file.seek(at)
         while at < segment.end:
             line = file.readline()
+            if not line:
+                raise WorkloadError(f"{segment.path}: was changed while it was read: it ends at byte {at}")
             if line.strip():
                 try:
                     row = json.loads(line.decode("utf-8"))

@@ -101,6 +101,7 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
         with pytest.raises(WorkloadError) as caught:
             prepare(str(source), out, tokenizer="bytes", val_fraction=0.1)
         assert not out.exists()
+        assert not list(tmp_path.glob(".*")) or source.exists()
         return caught.value.message
 
     assert "no such file" in attempt(tmp_path / "absent")
@@ -390,6 +391,25 @@ def test_a_source_that_changed_is_begun_again(tmp_path: Path, rows: Path) -> Non
     prepare(str(rows), tmp_path / "out", note=notes.append, **SMALL)
     assert "has changed since: beginning again" in notes[0]
     assert documents(tmp_path / "out", choose_split(b"other", 0.2))[0] == "other"
+
+
+def test_a_source_that_changes_while_it_is_read_or_after_is_said(tmp_path: Path, rows: Path) -> None:
+    def change(_: object) -> None:
+        os.utime(rows / "b.jsonl", ns=(0, 1))
+
+    def cut(_: object) -> None:
+        os.truncate(rows / "b.jsonl", 0)
+
+    with pytest.raises(WorkloadError, match="was changed while it was read"):
+        prepare(str(rows / "b.jsonl"), tmp_path / "out", watch=change, **SMALL)
+    with pytest.raises(WorkloadError, match="was changed while it was read: it ends at byte"):
+        prepare(str(rows / "b.jsonl"), tmp_path / "out", watch=cut, **SMALL)
+    (rows / "b.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in range(300)))
+    prepare(str(rows / "b.jsonl"), tmp_path / "out", **SMALL)
+    assert len(documents(tmp_path / "out", "train")) > 200
+    os.utime(rows / "b.jsonl", ns=(0, 0))
+    with pytest.raises(WorkloadError, match="which has changed since"):
+        prepare(str(rows / "b.jsonl"), tmp_path / "out", **SMALL)
 
 
 @pytest.mark.parametrize("name", ["train_000000.bin", "val_000000.bin"])
