@@ -83,9 +83,9 @@ def test_another_optimizer_is_refused_and_changes_nothing(
     before = {
         path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "report.html"
     }
-    assert train(out, "--set", "optimizer=muon", "steps=4") == 1
+    assert train(out, "--set", "optimizer=adamw", "steps=4") == 1
     error = capsys.readouterr().err
-    assert f"{out} was begun with train.optimizer = adamw, whose state muon cannot use" in error
+    assert f"{out} was begun with train.optimizer = muon, whose state adamw cannot use" in error
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert 'optimizer = "adamw"' in (out / CONFIG).read_text()
+    assert 'optimizer = "muon"' in (out / CONFIG).read_text()
     assert train(out, "--set", "steps=4") == 0
