@@ -47,8 +47,9 @@ def choose_dtype(name: str, device: torch.device, cpu_flags: frozenset[str]) -> 
 
 
 # TFLOP/s of dense matrix products that add up in fp32, by a part of the card's name: (bf16, fp16, fp32). fp32 is TF32
-# where the card has it, because the commands allow it. From NVIDIA's data sheets and architecture white papers, at boost
-# clock and the full power limit; sparse figures there are halved. The longer name is looked for first.
+# where the card has it, because the commands allow it. NVIDIA's own figures for boost clock and the full power limit,
+# sparse ones halved; those of 3090, 4090, 5090, A100, H100 and H200 were looked up a second time. The longer name is
+# looked for first.
 PEAK_TFLOPS: dict[str, tuple[float, float, float]] = {
     "B200": (2250.0, 2250.0, 1125.0),
     "GH200": (989.4, 989.4, 494.7),

@@ -93,7 +93,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: 
 
     x (N, C), weight (V, C), targets (N) → one number ("mean") or (N) ("none", which has no gradient). Rows are taken
     in pieces of CHUNK_ELEMENTS, and what a piece gives to the gradients is computed while its logits are there, so
-    the backward pass has only to scale it (Hsu et al. 2024, Liger Kernel, arXiv 2410.10989, section 3.2). Products
+    the backward pass has only to scale it (Hsu et al. 2024, Liger Kernel, arXiv 2410.10989). Products
     are in autocast's format where it is on; the softmax and the sums over pieces are in fp32.
     """
     if reduction == "mean":

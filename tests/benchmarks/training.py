@@ -7,7 +7,7 @@ left out. Nothing of theirs is copied: their own model.py and gpt.py are run, wi
 
     nanoGPT   train.py on a CPU: forward, backward, clip at 1.0, configure_optimizers' AdamW; compile off (eager)
     book      train_model_simple: forward, F.cross_entropy, backward, torch.optim.AdamW; manual attention, untied head
-    ours      what `python -m workload train` does between two batches
+    ours      the model's loss, backward, clip at 1.0 and the optimizer of `python -m workload train`, without its log and guard
 
 Each is a process of its own and does the same work on the same batches; they take turns, in another order each round,
 and only the one whose turn it is runs. Ratios are of one round, so what else the machine does weighs on all. All have
