@@ -82,16 +82,9 @@ def test_a_crash_is_followed_by_a_start_from_the_newest_checkpoint(
     host: Host, sshd: Sshd, status: int
 ) -> None:
     """It fails once, at step 17; rows after checkpoint 15 are made again and are in the file once."""
-    crash = sshd.path(f"{HOME}/crash")
-    crash.write_text(f"17 {status}")
+    sshd.path(f"{HOME}/crash").write_text(f"17 {status} once")
     lines: list[str] = []
-
-    def line(text: str) -> None:
-        lines.append(text)
-        if text.startswith("metal: ended with status"):
-            crash.unlink()
-
-    run = jobs.train(host, host.wanted.machine, settings=["train.steps=30"], on_line=line, say=line)
+    run = train(host, 30, lines)
     assert f"metal: ended with status {status}; starting again in 0 s" in lines
     assert "model    none, from step 15" in lines
     assert lines[-1] == "trained 30 steps"

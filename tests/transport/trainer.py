@@ -18,7 +18,7 @@ from tests.sshd import Sshd
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Crashes with the status in ~/crash at the step that is named there: "STEP STATUS". Sleeps ~/pace seconds a step.
+# Crashes with the status in ~/crash at the step that is named there: "STEP STATUS", or "STEP STATUS once". Sleeps ~/pace seconds a step.
 TRAINER = """
 import hashlib, json, os, signal, sys, time
 from pathlib import Path
@@ -88,8 +88,10 @@ def save():
 
 while step < steps:
     crash = Path.home() / "crash"
-    at, status = crash.read_text().split() if crash.exists() else (-1, 0)
+    at, status, *once = crash.read_text().split() if crash.exists() else (-1, 0)
     if step == int(at):
+        if once:
+            crash.unlink()
         print("the trainer fails at step", step, flush=True)
         sys.stdout.flush()
         os._exit(int(status)) if int(status) < 128 else os.kill(os.getpid(), int(status) - 128)
