@@ -71,6 +71,11 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}")
         return 1
     records = {name: record for name in (REFERENCE, *KINDS) if (record := load(folder, name))}
+    for name, record in records.items():
+        if (
+            name != REFERENCE and not record.error
+        ):  # by what is left out now, whatever was when it was installed
+            record.different = differences(records[REFERENCE].outcome.state, record.outcome.state)
     text = render(records, f"--seed {arguments.seed}")
     print(text)
     if arguments.out:
