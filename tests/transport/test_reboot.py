@@ -1,6 +1,7 @@
 """Finding a machine again after its reboot, by the key we made and a new boot id."""
 
 import ipaddress
+import re
 import socket
 import threading
 import time
@@ -64,8 +65,9 @@ def test_the_old_system_that_still_answers_is_not_taken_for_the_new(live: Host, 
     waits: list[str] = []
     with find(sshd, waits) as host:
         assert (host.system, host.user, host.boot_id()) == ("installed", "ml", "boot-2")
-    assert "has not gone down yet" in waits[0]
-    assert any("Connection refused" in wait for wait in waits)
+    told = " / ".join(waits)
+    assert re.search(r"has not gone down yet|is going down", told), told  # by how quick the look at it was
+    assert "Connection refused" in told
 
 
 def test_an_installed_system_that_restarts_is_found_by_its_boot_id(sshd: Sshd) -> None:
