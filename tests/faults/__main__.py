@@ -1,6 +1,6 @@
 """Every cut in every Step: hours. `make faults`, or a part of it:
 
-    python -m tests.faults [--kinds connection,process,power] [--stages live,installed] [--places N] [--sample K] [--seed S]
+    python -m tests.faults [--kinds connection,process,power] [--stages live,installed] [--places N] [--sample K] [--minutes M] [--seed S]
 
 First one installation without a fault, for its Steps and for what came of it. Then one for each kind, cut again and
 again on its way. `--go-on` keeps the installations that an earlier call finished. Exit 1 where a machine was not
@@ -9,6 +9,7 @@ installed, differs from the undisturbed one, or where its password can be read a
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
                 cuts = plan_cuts(steps, kind, arguments.seed, arguments.stages, arguments.places)
                 if arguments.sample:
                     cuts = sample_cuts(cuts, arguments.sample, arguments.seed)
-                load(folder, kind) or install(bed, folder, kind, cuts, reference)
+                load(folder, kind) or install(bed, folder, kind, cuts, reference, arguments.minutes)
     except ProvisionError as error:
         print(f"error: {error}")
         return 1
@@ -83,11 +84,19 @@ def main(argv: Sequence[str]) -> int:
     return int(any(record.error or record.different or record.outcome.leaks for record in records.values()))
 
 
-def install(bed: Bed, folder: Path, name: str, cuts: Sequence[Cut], reference: Record | None) -> Record:
+def install(
+    bed: Bed,
+    folder: Path,
+    name: str,
+    cuts: Sequence[Cut],
+    reference: Record | None,
+    minutes: float = math.inf,
+) -> Record:
     """One machine, to its end; what came of it is kept. Without a reference a failure is raised."""
     print(f"{name}: {len(cuts)} cuts", flush=True)
     vm = bed.machine(f"faults-{name}")
-    at_work = Install(bed, vm, cuts, f"open-sesame-{time.time_ns():x}", lambda text: print(text, flush=True))
+    secret = f"open-sesame-{time.time_ns():x}"
+    at_work = Install(bed, vm, cuts, secret, lambda text: print(text, flush=True), cutting_s=60 * minutes)
     record = Record(list(cuts), at_work.outcome)
     try:
         with at_work.machine():
@@ -142,6 +151,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stages", type=parse_stages, default=list(STAGES), help=f"of {', '.join(STAGES)}")
     parser.add_argument("--places", type=int, default=PLACES, help=f"cuts in a long Step (default {PLACES})")
     parser.add_argument("--sample", type=int, default=0, help="so many cuts of each kind, by chance; 0: all")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="of cutting, each kind; then it goes on to its end"
+    )
     parser.add_argument("--seed", type=int, default=1, help="for the places within the Steps, and the sample")
     parser.add_argument("--go-on", action="store_true", help="keep what an earlier call finished")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where parts and machines are kept")

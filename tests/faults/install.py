@@ -1,5 +1,6 @@
 """One installation of a rehearsed machine, cut where it was planned, and gone on with until it is done."""
 
+import math
 import os
 import queue
 import re
@@ -111,9 +112,12 @@ class Install:
     """A machine on its way through `cuts`; `until_done` makes them and returns when `fab provision` has succeeded.
 
     It needs an entered Bed and a machine that is off. The password is set, so that a secret is on the way too.
+    After `cutting_s` no more cuts are made, and the installation goes on to its end.
     """
 
-    def __init__(self, bed: Bed, vm: Vm, cuts: Sequence[Cut], secret: str, say: Say) -> None:
+    def __init__(
+        self, bed: Bed, vm: Vm, cuts: Sequence[Cut], secret: str, say: Say, *, cutting_s: float = math.inf
+    ) -> None:
         self.bed, self.vm, self.cuts, self.secret, self.say = bed, vm, list(cuts), secret, say
         self.rehearsal = Rehearsal(bed, vm, Console(width=160, quiet=True))
         self.events: queue.Queue[object] = queue.Queue()
@@ -121,6 +125,7 @@ class Install:
         self.outcome = Outcome()
         self.stage: Stage = "live"
         self.stopped = False
+        self.cutting_until = time.monotonic() + cutting_s
 
     @contextmanager
     def machine(self) -> Iterator[None]:
@@ -142,6 +147,10 @@ class Install:
         path = self.rehearsal.machines / f"{NAME}.local.toml"
         text = path.read_text().replace(f"port = {self.vm.ssh_port}", f"port = {self.proxy.port}")
         path.write_text(text.replace("[user]\n", f'[user]\npassword = "env:{SECRET_VARIABLE}"\n', 1))
+
+    @property
+    def cuts_to_make(self) -> list[Cut]:
+        return self.cuts if time.monotonic() < self.cutting_until else []
 
     @property
     def environment(self) -> dict[str, str]:
@@ -193,7 +202,7 @@ class Install:
         if found := DONE.match(text):
             steps = self.outcome.steps[self.stage]
             steps[found[2]] = max(steps.get(found[2], 0.0), float(found[1]))
-        for cut in self.cuts:
+        for cut in self.cuts_to_make:
             if cut.line and cut.stage == self.stage and text.startswith(cut.line):
                 return self.at_moment(fab, cut)
         if text.startswith("Rebooting."):
@@ -260,7 +269,11 @@ class Install:
 
     def frozen(self, fab: Fab, event: Frozen) -> Fab | None:
         """The machine stands still in a Step: the cut."""
-        cut = next(cut for cut in self.cuts if cut.stage == self.stage and cut.step == event.wanted)
+        due = [cut for cut in self.cuts_to_make if cut.stage == self.stage and cut.step == event.wanted]
+        if not due:  # the time for cuts is over
+            event.watch.go_on()
+            return fab
+        cut = due[0]
         self.cuts.remove(cut)
         if cut.kind == "stop":
             fab.kill()
@@ -393,7 +406,7 @@ class Install:
     def arm(self) -> None:
         """Watch for the Steps of this stage that are still to be cut."""
         wanted: dict[str, list[float]] = {}
-        for cut in self.cuts:
+        for cut in self.cuts_to_make:
             if cut.stage == self.stage and cut.step:
                 wanted.setdefault(cut.step, []).append(cut.after_s)
         watch = Watch(self.ssh(), wanted, self.events)
