@@ -309,10 +309,11 @@ class Proxy:
             except OSError:
                 near.close()
                 continue
-            with self.lock:
+            for sock in (near, far):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with self.lock:  # from here on another thread may close them
                 self.sockets += [near, far]
             for source, sink in ((near, far), (far, near)):
-                sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 chunks: SimpleQueue[tuple[float, bytes]] = SimpleQueue()
                 threading.Thread(target=self._read, args=(source, chunks), daemon=True).start()
                 threading.Thread(target=self._write, args=(sink, chunks), daemon=True).start()
