@@ -16,6 +16,19 @@ PREFIX = "/opt/metal"
 ENVIRONMENT = f"{PREFIX}/env"  # a link to the environment in use below /opt/metal/envs
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
+# uv does not sync what it downloads. After a power cut its cache has empty files, which it takes for wheels and fails
+# with for ever, and so may an interpreter. A connection or an attempt that was cut keeps its downloads.
+UNSYNCED = f"""\
+boot=$(< /proc/sys/kernel/random/boot_id) anew=
+mkdir -p {PREFIX}
+if [[ -e {PREFIX}/unsynced && $(< {PREFIX}/unsynced) != "$boot" ]]; then
+  echo 'The machine lost its power in the middle of this: downloading again'
+  rm -rf {PREFIX}/cache
+  anew=--reinstall
+fi
+echo "$boot" > {PREFIX}/unsynced
+sync {PREFIX}/unsynced"""
+
 
 # The default index's wheels carry CUDA 13, which knows nothing older than Turing. CUDA 12.6 knows Maxwell to Hopper. Torch
 # is published with it up to 2.14: https://github.com/pytorch/pytorch/issues/190385; for 2.9 to 2.14 these architectures
@@ -75,13 +88,15 @@ def python(machine: Machine, facts: Facts) -> Iterator[Step]:
         "umask 022",
         f"export UV_CACHE_DIR={PREFIX}/cache UV_PYTHON_INSTALL_DIR={PREFIX}/python HOME=/root",
         f"export UV_PYTHON_PREFERENCE={'only-managed' if managed else 'only-system'}",
+        UNSYNCED,
         f"rm -rf {folder}",
         f"mkdir -p {PREFIX}/envs",
-        *([join(["uv", "python", "install", wanted.interpreter])] if managed else []),
+        *([join(["uv", "python", "install", wanted.interpreter]) + " $anew"] if managed else []),
         join(["uv", "venv", "--python", wanted.interpreter, folder]),
         join(first),
         join([*install, wanted.torch, *wanted.packages]),
         "sync",  # before the link: what it leads to is all on the disk
+        f"rm {PREFIX}/unsynced",
         f"ln -sfnT {folder} {ENVIRONMENT}.new",
         f"mv -T {ENVIRONMENT}.new {ENVIRONMENT}",
     ]
