@@ -6,6 +6,7 @@
       id                    which start this is: "TOKEN SCRIPT-HASH"
       log                   all that was printed, by all its starts
       tries                 "N CHECKPOINT": starts since that checkpoint was the newest
+      reserve               room for the last words where the disk is full
       stop                  a person wants it to end
       status                its exit status: the run has ended. Written last, renamed; a unit with it does not start
     /etc/systemd/system/metal-run-ID.service    enabled until the run has ended, so a reboot goes on with it
@@ -41,6 +42,13 @@ export LC_ALL=C
 cd "$1" || exit
 asked= code=0 tries=0 since= newest=none
 trap 'asked=yes' TERM
+[ -e reserve ] || head -c 65536 /dev/zero >reserve 2>/dev/null
+full() {
+  local left=yes
+  head -c 4096 /dev/zero 2>/dev/null >.room || left=
+  rm -f .room
+  [ ! "$left" ]
+}
 say() { printf 'metal: %s\n' "$*" >>log; }
 finish() {
   printf '%s\n' "$1" >.status
@@ -76,6 +84,11 @@ if [ "$asked" ]; then
   finish "$code"
 elif [ "$code" = 0 ]; then
   finish 0
+elif full; then
+  rm -f reserve
+  say "ended with status $code: the disk is full; not started again. Make room, then resume it"
+  finish "$code"
+  code=$gave_up
 elif [ "$newest" = none ] && [ "$code" -lt 128 ] && [ ! -s metrics.jsonl ]; then
   finish "$code"
   code=$gave_up

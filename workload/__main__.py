@@ -1,6 +1,7 @@
 """python -m workload: reads the command line and turns an error into one message."""
 
 import argparse
+import errno
 import os
 import sys
 
@@ -22,6 +23,11 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone; nothing is left to say
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = WorkloadError(f"the disk is full: {error}", "make room, then give the same command again")
+        print(f"error: {full}", file=sys.stderr)
     return 1
 
 

@@ -1,5 +1,6 @@
 """python -m workload, as a person or a systemd unit calls it."""
 
+import errno
 import json
 import re
 import signal
@@ -247,3 +248,18 @@ def test_the_demo_begins_without_arguments(tmp_path: Path) -> None:
     assert seen[0].startswith("run      runs/demo-20")
     assert any("data     demo: 305,971 gpt2 tokens" in line for line in seen)
     assert (tmp_path / seen[0].split()[1] / CONFIG).exists()
+
+
+def test_a_full_disk_is_one_readable_error(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk is a stand-in: the file system's error is raised where a page would be written."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "report.html")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    assert main(["report", str(run)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: the disk is full")
+    assert "make room" in said
