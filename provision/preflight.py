@@ -136,7 +136,8 @@ def look(host: Host, machine: Machine, source: str, data: str) -> Seen:
         data=data,
         cards=CARDS,
     )
-    return parse_seen(host.look(values + PROBE + RUNS + CHECK, deadline_s=DEADLINE_S).stdout)
+    # The probe first: it has variables of its own, and one of them is `source`.
+    return parse_seen(host.look(PROBE + values + RUNS + CHECK, deadline_s=DEADLINE_S).stdout)
 
 
 def wanted_environment(machine: Machine, facts: Facts) -> str:

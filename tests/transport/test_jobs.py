@@ -87,15 +87,21 @@ def test_a_run_is_trained_followed_and_fetched(host: Host, sshd: Sshd, tmp_path:
     assert (again.moved, again.execs) == ((), 1)
 
 
-def test_an_unchanged_package_is_not_sent_again(host: Host, sshd: Sshd) -> None:
-    for expected in (True, False):
+def test_an_unchanged_package_is_not_sent_again_and_a_changed_one_is(
+    host: Host, sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = jobs.package_files()
+    changed = {**files, "workload/more.py": b"# a line more\n"}
+    for expected in (True, False, True):
         before = host.traffic.bytes_sent
         run = train(host, LONG, [], detach=True)
         assert (host.traffic.bytes_sent - before > 400_000) is expected
         jobs.stop(host, host.wanted.machine, run, now=True, say=lambda line: None)
+        if not expected:
+            monkeypatch.setattr(jobs, "package_files", lambda: changed)
     sources = list(sshd.path("/run/home/ml/metal/source").iterdir())
-    assert [path.name for path in sources] == [jobs.content_hash(jobs.package_files())]
-    assert not list(sources[0].rglob("*.toml~"))
+    assert {path.name for path in sources} == {jobs.content_hash(files), jobs.content_hash(changed)}
+    assert not [path for source in sources for path in source.rglob("*.toml~")]
 
 
 def test_a_stopped_run_has_saved_ends_well_and_can_go_on(host: Host, sshd: Sshd) -> None:
