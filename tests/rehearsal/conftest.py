@@ -5,7 +5,10 @@ provision/rehearsal/tools.py, which `python -m provision.rehearsal setup` instal
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def bed() -> Iterator[Bed]:
     with Bed(CACHE, on_build=lambda name: print(f"building {name}")) as bed:
         yield bed
+
+
+@dataclass(frozen=True)
+class Done:
+    """A rehearsal that has ended: its exit status, what it printed, and the folder that it was called in."""
+
+    status: int
+    text: str
+    folder: Path
+
+
+@pytest.fixture(scope="session")
+def whole_way(bed: Bed, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """`make rehearsal`. The machine is off afterwards, and stays as it was left for tests that need an installed one."""
+    folder = tmp_path_factory.mktemp("whole-way")
+    command = [sys.executable, "-m", "provision.rehearsal", "run", "--cache", str(bed.folder)]
+    with (folder / "output").open("wb+") as output:
+        done = subprocess.run(
+            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
+        )
+        output.seek(0)
+        return Done(done.returncode, output.read().decode(), folder)
 
 
 @pytest.fixture

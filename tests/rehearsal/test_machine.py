@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -18,6 +16,7 @@ from provision.rehearsal.loop import Rehearsal, fab_command
 from provision.rehearsal.vm import Vm
 from provision.system import system
 from provision.system.disk import find_disks
+from tests.rehearsal.conftest import Done
 from tests.rehearsal.hardware import FOUR_DISKS, forget
 
 pytestmark = pytest.mark.rehearsal
@@ -170,21 +169,15 @@ def refusal(bed: Bed, vm: Vm, wipe: str) -> str:
     return "\n".join(script(bed, vm, f"bash <<'WIPE' || true\n{wipe}\nWIPE"))
 
 
-def test_whole_way_in_one_command(tmp_path: Path, bed: Bed) -> None:
+def test_whole_way_in_one_command(whole_way: Done) -> None:
     """`make rehearsal`: to a checkpoint on this computer, byte for byte what was trained there, that continues a prompt."""
-    command = [sys.executable, "-m", "provision.rehearsal", "run", "--cache", str(bed.folder)]
-    with (tmp_path / "output").open("wb+") as output:
-        done = subprocess.run(
-            command, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
-        )
-        output.seek(0)
-        text = output.read().decode()
-    assert done.returncode == 0, text[-6000:]
+    text = whole_way.text
+    assert whole_way.status == 0, text[-6000:]
     assert "verified" in text
     assert "OTHELLO.\n" in text.replace("  ", "")
     for phase in ("programs", "bed", "boot", "provision", "train", "fetch", "sample", "total"):
         assert f"\n {phase} " in text, f"the table lacks {phase}:\n{text[-3000:]}"
-    manifests = list((tmp_path / "checkpoints" / "rehearsal").rglob("manifest.json"))
+    manifests = list((whole_way.folder / "checkpoints" / "rehearsal").rglob("manifest.json"))
     assert len(manifests) >= 2
     for manifest in manifests:
         for name, wanted in json.loads(manifest.read_text())["files"].items():
