@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from provision.errors import ProvisionError
 from provision.host import Host
 from provision.runs import Folder
-from provision.transfer import human
+from provision.transfer import hash_file, human
 from provision.units import variables
 from workload.config import DataConfig
 
@@ -101,11 +101,6 @@ def gather_local(path: Path, say: Say) -> Data:
     name = re.sub(r"[^A-Za-z0-9._-]", "-", path.resolve().name) or "data"
     inside = "" if path.is_dir() else f"/{path.name}"
     return Data(key=f"data/{digest}-{name}{inside}", files=files, sums=sums)
-
-
-def hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def send_data(host: Host, folder: Folder, data: Data, say: Say) -> None:

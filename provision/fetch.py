@@ -11,7 +11,6 @@ it is used as a path: it may be anything.
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from provision.errors import ProvisionError
 from provision.host import Host
 from provision.machine import Machine
 from provision.runs import checked_run
-from provision.transfer import human
+from provision.transfer import hash_file, human
 from provision.units import variables
 
 MANIFEST = "manifest.json"
@@ -201,11 +200,6 @@ def is_here(folder: Path, listed: Listed) -> bool:
         return all((here / name).stat().st_size == piece.size for name, piece in listed.files.items())
     except OSError:
         return False
-
-
-def hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def matches(path: Path, piece: Piece) -> bool:

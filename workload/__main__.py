@@ -1,12 +1,12 @@
 """python -m workload: reads the command line and turns an error into one message."""
 
 import argparse
-import errno
 import os
 import sys
 
 from workload.commands import bench, evaluate, explain, export, import_, prepare, report, sample, train
 from workload.errors import WorkloadError
+from workload.files import FULL
 
 COMMANDS = (train, prepare, sample, evaluate, export, import_, explain, report, bench)
 
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone; nothing is left to say
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         full = WorkloadError(f"the disk is full: {error}", "make room, then give the same command again")
         print(f"error: {full}", file=sys.stderr)

@@ -17,7 +17,7 @@ from workload.device import autocast, describe, peak_flops
 from workload.errors import WorkloadError
 from workload.faults import is_out_of_memory
 from workload.generate import generate
-from workload.microbatch import bounded
+from workload.microbatch import bounded, reset_peak
 from workload.model import GPT2, count_parameters, estimate_flops
 from workload.optim import make_optimizer
 
@@ -79,7 +79,7 @@ def run_bench(
     try:
         model = GPT2(model_config).to(device)
         trainer = _Trainer(model, config, size, device, dtype, compile_mode, note)
-        _reset_peak(device)
+        reset_peak(device)
         for _ in range(WARM_STEPS):
             trainer.step(clock)
         graphs = _count_graphs()
@@ -215,11 +215,6 @@ def _count_graphs() -> int:
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak_memory(device: torch.device) -> int:

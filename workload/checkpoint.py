@@ -4,22 +4,20 @@ A checkpoint is a folder ``step-00000200`` below ``RUN/checkpoints``, complete i
 ``manifest.json``, which names every other file with its size and sha256:
 
     model.safetensors       weights by name, fp32 (a tied head is not stored twice)
-    optimizer.safetensors   AdamW's moments by parameter name
+    optimizer.safetensors   moments by parameter name; guard/…, scaler/…, micro_batch/DEVICE: see Run.extras in train.py
     random.safetensors      states of torch's generators
     state.json              step, sequences seen, steps planned, best loss, seconds, bytes of metrics.jsonl
     config.toml             the run's configuration
     manifest.json           written last
 
 It is written as ``.step-00000200.partial``, each file synced, then renamed: a crash at any moment, or a disk that
-is full, leaves the checkpoints before it untouched. A run writes them in the background: see writer.py. ``latest`` and ``best`` are one-line text files beside them, a convenience: what
-there is to resume from is what is complete.
+is full, leaves the checkpoints before it untouched. A run writes them in the background: see writer.py. ``latest`` and
+``best`` are one-line text files beside them, a convenience: what there is to resume from is what is complete.
 """
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from torch import Tensor
 
 from workload.config import Config, parse_config, render_toml
 from workload.errors import WorkloadError
+from workload.files import hash_file, replace_text, sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -108,7 +107,7 @@ def _complete(staging: Path, config: Config, state: State, beside: Sequence[Path
     files = {}
     for path in sorted(staging.iterdir()):
         sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
     for path in beside:
         sync(path)
     manifest = {"format": FORMAT, "step": state.step, "files": files}
@@ -133,10 +132,7 @@ def _explain(error: Exception, folder: Path, step: int, needed: int) -> Workload
 
 def point(folder: Path, pointer: str, name: str) -> None:
     """Make ``folder/pointer`` say `name`, at once or not at all."""
-    staging = folder / f".{pointer}.partial"
-    staging.write_text(f"{name}\n", encoding="utf-8")
-    sync(staging)
-    staging.replace(folder / pointer)
+    replace_text(folder / pointer, f"{name}\n")
     sync(folder)
 
 
@@ -159,13 +155,18 @@ def prune(folder: Path, *, keep: int, keep_every: int) -> list[Path]:
     for path in complete:
         if path.name in kept or (keep_every and int(path.name.removeprefix("step-")) % keep_every == 0):
             continue
-        (path / MANIFEST).unlink()  # from here on it does not exist
-        shutil.rmtree(path)
+        remove(path)
         removed.append(path)
     for path in [*folder.glob(".*.partial"), *folder.glob("step-*")]:
         if path.is_dir() and not (path.name.startswith("step-") and (path / MANIFEST).exists()):
             shutil.rmtree(path)
     return removed
+
+
+def remove(path: Path) -> None:
+    """Take one checkpoint away."""
+    (path / MANIFEST).unlink()  # from here on it does not exist
+    shutil.rmtree(path)
 
 
 def find(path: Path, which: str = "best") -> Path:
@@ -207,7 +208,7 @@ def verify(path: Path) -> None:
             raise WorkloadError(f"{path}: {name} is missing", REMOVE_HINT)
         if file.stat().st_size != size:
             raise WorkloadError(f"{file}: {file.stat().st_size} bytes, but {size} were written", REMOVE_HINT)
-        if _sha256(file) != sha256:
+        if hash_file(file) != sha256:
             raise WorkloadError(f"{file}: its sha256 is not the manifest's", REMOVE_HINT)
 
 
@@ -243,25 +244,3 @@ def _read_pointer(folder: Path, pointer: str) -> str:
         return (folder / pointer).read_text(encoding="utf-8").strip()
     except OSError:
         return ""
-
-
-def sync(path: Path) -> None:
-    """Make the file's content, or the folder's names, survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _pieces(path: Path, size: int = 1 << 22) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while piece := file.read(size):
-            yield piece
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    for piece in _pieces(path):
-        digest.update(piece)
-    return digest.hexdigest()

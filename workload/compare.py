@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from workload.charts import STEP, Axis, Floats, Line, render_chart, time_axis, token_axis
+from workload.files import replace_text
 from workload.metrics import number
 from workload.page import COLOURS, render_page, render_time
 from workload.panel import format_duration
@@ -43,9 +44,7 @@ COMPARE_STYLE += (
 def save_comparison(runs: Sequence[Path], path: Path, written: datetime) -> Path:
     """Write the comparison of the runs in these folders, at once or not at all. Raises WorkloadError for what is no run."""
     text = render_comparison(name_apart([load_record(run) for run in runs], runs), written)
-    staging = path.with_name(f".{path.name}.partial")
-    staging.write_text(text, encoding="utf-8")
-    staging.replace(path)
+    replace_text(path, text, durable=False)
     return path
 
 

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workload import checkpoint
-from workload.checkpoint import Checkpoint, State, sync
+from workload.checkpoint import Checkpoint, State
 from workload.config import (
     TOKENIZERS,
     Config,
@@ -42,6 +42,7 @@ from workload.config import (
     render_toml,
 )
 from workload.errors import WorkloadError
+from workload.files import sync
 from workload.foreign import FETCH_HINT, Source, read
 from workload.model import GPT2
 from workload.runs import save_config

@@ -10,7 +10,6 @@ B = 1 here, so shapes have no batch: T tokens, C channels, H heads of D = C / H 
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from workload.config import ModelConfig
 from workload.errors import WorkloadError
+from workload.files import replace_text
 from workload.model import GPT2, Attention, Block, count_parameters
 from workload.report import STYLE
 from workload.tokenizer import Tokenizer
@@ -504,12 +504,8 @@ def draw_guesses(guesses: Sequence[Guess]) -> str:
 
 def save_page(page: str, out: Path) -> None:
     """Write the page at once or not at all, over an older one."""
-    staging = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging.write_text(page, encoding="utf-8")
-        staging.replace(out)
+        replace_text(out, page, durable=False)
     except OSError as error:
-        with suppress(OSError):
-            staging.unlink()
         raise WorkloadError(f"{out} could not be written: {error}", "name another --out") from error

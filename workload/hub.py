@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from workload.errors import WorkloadError
+from workload.files import hash_file
 from workload.sources import (
     KINDS,
     ROWS,
@@ -237,8 +238,7 @@ def _fetch_range(client: Any, url: str, begin: int, end: int) -> bytes:
 
 def _digest(path: Path, stamp: str) -> str:
     if stamp.startswith("sha256:"):
-        with path.open("rb") as file:
-            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        return f"sha256:{hash_file(path)}"
     data = path.read_bytes()  # not in LFS: small
     blob = b"blob %d\0" % len(data) + data
     return f"git:{hashlib.sha1(blob, usedforsecurity=False).hexdigest()}"

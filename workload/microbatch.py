@@ -34,15 +34,19 @@ def sizes(batch: int) -> list[int]:
     return tried
 
 
+def largest_divisor(batch: int, most: int) -> int:
+    """Of `batch`, of at most `most`; 1 where that is less."""
+    return next(size for size in range(max(1, min(batch, most)), 0, -1) if batch % size == 0)
+
+
 def smaller(batch: int, size: int) -> int | None:
     """The largest divisor of `batch` of at most half of `size`; None below 1."""
-    return next((half for half in range(size // 2, 0, -1) if batch % half == 0), None)
+    return largest_divisor(batch, size // 2) if size > 1 else None
 
 
 def bounded(batch: int, n_ctx: int, most_tokens: int = CPU_TOKENS) -> int:
     """The largest divisor of `batch` with at most `most_tokens` tokens, or 1: arithmetic, so every start has the same."""
-    most = max(1, min(batch, most_tokens // n_ctx))
-    return next(size for size in range(most, 0, -1) if batch % size == 0)
+    return largest_divisor(batch, most_tokens // n_ctx)
 
 
 def probe(candidates: Sequence[int], try_size: Callable[[int], float]) -> list[Trial]:

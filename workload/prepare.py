@@ -39,6 +39,7 @@ from workload import hub
 from workload.config import TOKENIZERS
 from workload.data import META, list_token_files, load_meta, load_tensor
 from workload.errors import WorkloadError
+from workload.files import sync
 from workload.shards import (
     SHARD_TOKENS,
     Progress,
@@ -48,7 +49,6 @@ from workload.shards import (
     describe_shards,
     full_disk_is_readable,
     save_json,
-    sync_folder,
 )
 from workload.sources import (
     PIECE_BYTES,
@@ -291,11 +291,11 @@ def _finish(staging: Path, out: Path) -> dict[str, Any]:
     shutil.rmtree(staging / DOWNLOADS, ignore_errors=True)
     for name in (REQUEST, JOURNAL):
         (staging / name).unlink(missing_ok=True)
-    sync_folder(staging)
+    sync(staging)
     if out.exists():
         out.rmdir()
     staging.rename(out)
-    sync_folder(out.parent)
+    sync(out.parent)
     return load_meta(out)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from workload.charts import Floats, Line, render_chart, smooth
 from workload.errors import WorkloadError
+from workload.files import replace_text
 from workload.metrics import Log, Row, number, parse_row
 from workload.page import STYLE, render_page, render_time
 from workload.panel import format_duration
@@ -70,9 +71,7 @@ def save_report(out: Path, status: Status | None = None) -> Path:
 
 def _write(out: Path, record: Record, status: Status | None) -> Path:
     text = render_report(record, status or guess_status(out, record, time.time()), datetime.now(UTC))
-    staging = out / ".report.html.partial"
-    staging.write_text(text, encoding="utf-8")
-    staging.replace(out / "report.html")
+    replace_text(out / "report.html", text, durable=False)  # it can be made again
     return out / "report.html"
 
 

@@ -1,12 +1,12 @@
 """Folders of runs: where a new one goes, and what configuration one that exists goes on with."""
 
-import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 from workload.config import Config, load_config, parse_config, render_toml
 from workload.errors import WorkloadError
+from workload.files import replace_text
 
 CONFIG = "config.toml"
 
@@ -59,9 +59,4 @@ def resolve_config(out: Path, preset: str | None, settings: Sequence[str]) -> Co
 def save_config(out: Path, config: Config) -> None:
     """Write the run's config.toml, at once or not at all."""
     out.mkdir(parents=True, exist_ok=True)
-    staging = out / f".{CONFIG}.partial"
-    with staging.open("w", encoding="utf-8") as file:
-        file.write(render_toml(config))
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(out / CONFIG)
+    replace_text(out / CONFIG, render_toml(config))

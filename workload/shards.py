@@ -4,8 +4,6 @@ A shard is written with an empty header, which is filled in when it is full. The
 each split are safe and their CRC-32; going on means to cut the files back to that, check them, and append.
 """
 
-import errno
-import hashlib
 import json
 import os
 import shutil
@@ -29,6 +27,7 @@ from workload.data import (
     render_header,
 )
 from workload.errors import WorkloadError
+from workload.files import FULL, hash_file, replace_text
 
 SHARD_TOKENS = 100_000_000  # llm.c's; 200 MB
 
@@ -172,20 +171,6 @@ def _readable(path: Path) -> Iterator[None]:
         raise WorkloadError(f"{path} is missing", f"remove {path.parent} and prepare it again") from error
 
 
-def sync_folder(path: Path) -> None:
-    """Make the names in it survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def load_shards(folder: Path) -> dict[str, Shard]:
     """The shards that meta.json lists; empty for a folder that has none or an old one."""
     listed = load_meta(folder).get("shards", {}) if (folder / META).exists() else {}
@@ -258,12 +243,7 @@ def verify(folder: Path, n_vocab: int) -> dict[str, Shard]:
 
 def save_json(path: Path, table: Mapping[str, object]) -> None:
     """Write it at once or not at all."""
-    staging = path.with_name(f".{path.name}.partial")
-    with staging.open("w", encoding="utf-8") as file:
-        json.dump(table, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
+    replace_text(path, json.dumps(table, indent=1))
 
 
 def describe_shards(split: str, progress: Progress) -> dict[str, dict[str, object]]:
@@ -277,7 +257,7 @@ def full_disk_is_readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
         raise WorkloadError(

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from workload.errors import WorkloadError
 from workload.evaluate import Score, evaluate
 from workload.faults import is_device_lost, is_out_of_memory
 from workload.feed import Feed
+from workload.files import FULL
 from workload.generate import generate, stream_text
 from workload.guard import MOST_ROLL_BACKS, MOST_SKIPS, Guard, gather_guard, judge, restore_guard, roll_back
 from workload.metrics import Metrics
@@ -45,7 +45,7 @@ from workload.tokenizer import Tokenizer, count_bytes, load_tokenizer
 from workload.writer import Writer
 
 METRICS = "metrics.jsonl"
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+DISK_ERRORS = (*FULL, errno.EROFS, errno.EIO)
 PACE_FROM = 5  # updates of a start after which its pace is measured: the first are slow
 PACE_UNTIL = 20  # and updates before which it says too little
 
@@ -196,7 +196,7 @@ def open_run(
         report=LiveReport(out),
         clock=clock,
         state=state,
-        micro_batch=microbatch.bounded(share, 1, wanted) if (wanted := config.train.micro_batch) else 0,
+        micro_batch=microbatch.largest_divisor(share, wanted) if (wanted := config.train.micro_batch) else 0,
         token_flops=estimate_flops(config.model),
         peak_flops=peak_flops(device, dtype),
         begun_s=clock() - state.elapsed_s,
@@ -484,10 +484,9 @@ class Run:
         loaded = checkpoint.load(target) if self.world.is_first else None
         saved = parallel.send_checkpoint(loaded, self.world)
         assert saved is not None
-        for path in complete[complete.index(target) + 1 :] if self.world.is_first else []:
-            (path / checkpoint.MANIFEST).unlink()  # from here on it does not exist
-            rmtree(path)
         if self.world.is_first:
+            for path in complete[complete.index(target) + 1 :]:
+                checkpoint.remove(path)
             checkpoint.point(self.checkpoints, "latest", target.name)
         trouble = self.guard
         self.restore(saved)
@@ -527,9 +526,8 @@ class Run:
             self.scaler.load_state_dict({name: tensor.item() for name, tensor in scaler.items()})
         size = extras.get(f"micro_batch/{self._device_name()}")
         if size is not None and not self.config.train.micro_batch:
-            self.micro_batch = microbatch.bounded(
-                self.share, 1, int(size)
-            )  # it decides in what order gradients are added up
+            # it decides in what order gradients are added up
+            self.micro_batch = microbatch.largest_divisor(self.share, int(size))
 
     def _device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type

@@ -1,10 +1,14 @@
 """A model that trains in milliseconds, and text for it."""
 
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from workload import checkpoint
 from workload.config import Config, DataConfig, ModelConfig, TrainConfig
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, n_ctx=16, vocab_size=257)
@@ -47,3 +51,30 @@ def config(text: Path) -> Config:
             sample_prompt="1 times",
         ),
     )
+
+
+def raise_at(monkeypatch: pytest.MonkeyPatch, nth: int, error: BaseException) -> Callable[[], int]:
+    """Every operation on the file system that saving uses counts; the nth raises `error`. Returns the counter."""
+    count = 0
+
+    def wrap(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: object, **kwargs: object) -> object:
+            nonlocal count
+            count += 1
+            if count == nth:
+                raise error
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for owner, names in {
+        os: ("fsync",),
+        shutil: ("rmtree",),
+        Path: ("rename", "replace", "write_text", "mkdir", "unlink"),
+        checkpoint: ("save_file",),
+    }.items():
+        for name in names:
+            wrap(owner, name)
+    return lambda: count

@@ -1,8 +1,6 @@
 """Complete or not there, whatever happens while one is written."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.workload.conftest import raise_at
 from workload import checkpoint
 from workload.checkpoint import State, find, list_complete, load, point, prune, save, verify
 from workload.config import Config, load_config
@@ -53,29 +52,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, nth: int) -> Callable[[], int]:
     """Every operation on the file system that saving uses counts; the nth raises instead. Returns the counter."""
-    count = 0
-
-    def wrap(owner: object, name: str) -> None:
-        original = getattr(owner, name)
-
-        def counted(*args: object, **kwargs: object) -> object:
-            nonlocal count
-            count += 1
-            if count == nth:
-                raise Crash(name)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, counted)
-
-    for owner, names in {
-        os: ("fsync",),
-        shutil: ("rmtree",),
-        Path: ("rename", "replace", "write_text", "mkdir", "unlink"),
-        checkpoint: ("save_file",),
-    }.items():
-        for name in names:
-            wrap(owner, name)
-    return lambda: count
+    return raise_at(monkeypatch, nth, Crash("here"))
 
 
 def test_a_crash_at_any_moment_of_saving_leaves_the_last_good_one(

@@ -115,6 +115,7 @@ kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 update, save_file, evaluate = train.Run.update, checkpoint.save_file, train.Run._score
 def update_or_die(run):
     if where == "update" and run.state.step == 6:
+        run.writer.wait()
         kill()
     update(run)
 def save_or_die(tensors, path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.workload.conftest import raise_at
 from tests.workload.test_checkpoint import CONFIG, state_of
 from workload import checkpoint
 from workload.__main__ import main
@@ -169,29 +170,7 @@ def test_an_error_is_heard_without_asking_for_more(tmp_path: Path, monkeypatch: 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, nth: int) -> Callable[[], int]:
     """The nth operation on the file system fails as on a full or broken disk. Returns the counter."""
-    count = 0
-
-    def wrap(owner: object, name: str) -> None:
-        original = getattr(owner, name)
-
-        def counted(*args: object, **kwargs: object) -> object:
-            nonlocal count
-            count += 1
-            if count == nth:
-                raise NO_SPACE
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, counted)
-
-    for owner, names in {
-        os: ("fsync",),
-        shutil: ("rmtree",),
-        Path: ("rename", "replace", "write_text", "mkdir", "unlink"),
-        checkpoint: ("save_file",),
-    }.items():
-        for name in names:
-            wrap(owner, name)
-    return lambda: count
+    return raise_at(monkeypatch, nth, NO_SPACE)
 
 
 def test_an_error_in_any_phase_is_readable_and_costs_nothing_saved(

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from workload.commands.common import add_command, add_device, describe_keys, prepare_device
+from workload.commands.common import add_command, add_device, add_settings, describe_keys, prepare_device
 from workload.config import list_presets
 from workload.errors import WorkloadError
 
@@ -18,14 +18,7 @@ def add(commands: "Commands") -> None:
     command.add_argument(
         "--preset", default="gpt2-124m", help=f"default gpt2-124m; {', '.join(list_presets())}"
     )
-    command.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change the preset, for example micro_batch=8; keys are below",
-    )
+    add_settings(command, "change the preset, for example micro_batch=8; keys are below")
     command.add_argument("--steps", type=int, default=10, help="measured after 3 to warm up (default 10)")
     command.add_argument("--tokens", type=int, default=64, help="to sample (default 64)")
     command.add_argument(

@@ -48,6 +48,10 @@ def add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("--checkpoint", default="best", help="of a run: best (default), latest, or a step")
 
 
+def add_settings(command: argparse.ArgumentParser, help: str) -> None:
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help)
+
+
 def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--device", default="auto", help="auto (a GPU when there is one), cpu, cuda or cuda:N"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workload.commands.common import add_command
+from workload.commands.common import add_command, add_settings
 
 if TYPE_CHECKING:
     from workload.commands.common import Commands
@@ -29,13 +29,8 @@ def add(commands: "Commands") -> None:
     command.add_argument(
         "--tokenizer", choices=("gpt2", "bytes"), help="default: by the size of the vocabulary"
     )
-    command.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="configuration of training that may follow, as in train: data.source=… lr=… steps=…",
+    add_settings(
+        command, "configuration of training that may follow, as in train: data.source=… lr=… steps=…"
     )
 
 

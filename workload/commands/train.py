@@ -12,6 +12,7 @@ from workload.commands.common import (
     RUNS,
     add_command,
     add_device,
+    add_settings,
     describe_keys,
     prepare_device,
     stop_on_signals,
@@ -31,14 +32,7 @@ def add(commands: "Commands") -> None:
         "--preset", help=f"where the configuration begins (default demo): {', '.join(list_presets())}"
     )
     command.add_argument("--out", type=Path, help="folder of the run (default runs/PRESET-DATE-TIME)")
-    command.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change the preset; keys are below",
-    )
+    add_settings(command, "change the preset; keys are below")
     command.add_argument(
         "--resume",
         action="store_true",
