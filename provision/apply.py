@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from provision.drift import Extras, parse_extras, render_look
 from provision.errors import ProvisionError
 from provision.facts import PROBE, Facts, parse_facts
 from provision.host import Host
@@ -34,6 +35,13 @@ def plan_for(machine: Machine, facts: Facts, host: Host) -> Plan:
     answer = host.look(render_probes(steps, root, mounts), deadline_s=PROBE_DEADLINE_S).stdout
     title = f"{machine.name}, {'live ISO' if live else 'installed system'} at {host.address}"
     return make_plan(title, steps, parse_probes(steps, answer))
+
+
+def look_for_extras(machine: Machine, facts: Facts, host: Host) -> Extras:
+    """One exec: what an installed machine has and its file does not name; changes nothing."""
+    steps = system(machine, facts, now_s=int(time.time()))
+    answer = host.look(render_look(machine, facts, steps), deadline_s=PROBE_DEADLINE_S).stdout
+    return parse_extras(machine, facts, steps, answer)
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """`provision` from whatever state the host is in to a verified machine: plan, apply, probe again, reboot, go on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from provision.apply import (
     demand_empty,
     follow_earlier,
     gather_facts,
+    look_for_extras,
     plan_for,
     read_host_key,
     read_unlock_key,
@@ -21,6 +22,7 @@ from provision.apply import (
     unmount_target,
 )
 from provision.dial import own_keys
+from provision.drift import render_extras
 from provision.errors import ProvisionError
 from provision.facts import Disk, Facts
 from provision.find import BOOT_S, opener_for, reconnect_after_reboot, search_from, tell_on
@@ -28,7 +30,8 @@ from provision.host import Host
 from provision.machine import Machine, save_local, state_folder
 from provision.person import Ask, ask_person
 from provision.pins import parse_key, pin, unlock_alias
-from provision.steps import render_plan
+from provision.steps import Plan, render_plan
+from provision.system.base import keys_of
 from provision.system.disk import find_disks, losing, would_lose
 from provision.system.inventory import describe_disk
 from provision.system.layout import layout
@@ -46,6 +49,23 @@ def show_plan(machine: Machine, host: Host, console: Console) -> None:
         console.print(
             "\nThen: reboot into the new system, packages and Python environment there, verification."
         )
+        return
+    for line in [*obstacles(machine, facts, host, plan), *map("A reboot is due: {}.".format, facts.reboot)]:
+        console.print(f"[bold red]{escape(line)}[/]", highlight=False, soft_wrap=True)
+    if plan:
+        console.print(f"To do it: fab -H {machine.name} provision", highlight=False)
+    extras = look_for_extras(machine, facts, host)
+    if text := render_extras(extras):
+        console.print(f"\n{escape(text)}", highlight=False, soft_wrap=True)
+
+
+def obstacles(machine: Machine, facts: Facts, host: Host, plan: Plan) -> Iterator[str]:
+    """Why `provision` would refuse to apply this plan on an installed machine."""
+    for demand in (demand_idle, demand_way_kept):
+        try:
+            demand(machine, facts, host, plan)
+        except ProvisionError as error:
+            yield f"provision would refuse: {error.message}"
 
 
 def provision_machine(
@@ -90,13 +110,29 @@ def provision_machine(
 
 
 def demand_way_in(machine: Machine, host: Host) -> None:
-    """Refuse to install a machine that this computer could not log in to afterwards."""
+    """Refuse to make a machine so that this computer could not log in to it afterwards."""
     listed = {parse_key(line) for line in machine.user.authorized_keys}
     if not listed & own_keys(host.login.connection, host.wanted.identities):
         raise ProvisionError(
-            "None of this computer's SSH keys is among user.authorized_keys: after the reboot it could not log in.\n"
+            "None of this computer's SSH keys is among user.authorized_keys: afterwards it could not log in.\n"
             "Looked at: ssh-agent, ~/.ssh/id_*, ssh.identity, -i and ~/.ssh/config.",
             f"Add one (or its file, such as ~/.ssh/id_ed25519.pub) to the machine file, then: fab -H {machine.name} provision",
+        )
+
+
+def demand_way_kept(machine: Machine, facts: Facts, host: Host, plan: Plan) -> None:
+    """Refuse to change who may log in to an installed machine in a way that shuts this computer out."""
+    if facts.system == "installed" and any(planned.step.name == keys_of(machine) for planned in plan.pending):
+        demand_way_in(machine, host)
+
+
+def demand_idle(machine: Machine, facts: Facts, host: Host, plan: Plan) -> None:
+    """Refuse a plan that a training at work might not survive."""
+    disturbing = [planned.step.name for planned in plan.pending if planned.step.disturbs_runs]
+    if facts.runs and disturbing:
+        raise ProvisionError(
+            f"{', '.join(facts.runs)} is at work, and would not survive: {', '.join(disturbing)}.",
+            f"Wait for it, or stop it (it saves first), on {machine.name}: sudo systemctl stop {facts.runs[0]}",
         )
 
 
@@ -191,12 +227,8 @@ def converge(
     authorise()
     if not plan:
         return facts
-    disturbing = [planned.step.name for planned in plan.pending if planned.step.disturbs_runs]
-    if facts.runs and disturbing:
-        raise ProvisionError(
-            f"{', '.join(facts.runs)} is at work, and would not survive: {', '.join(disturbing)}.",
-            f"Wait for it, or stop it (it saves first), on {machine.name}: sudo systemctl stop {facts.runs[0]}",
-        )
+    demand_way_kept(machine, facts, host, plan)
+    demand_idle(machine, facts, host, plan)
     progress = progress_on(console, machine)
     apply(plan, machine, host, progress)
     after = gather_facts(host)

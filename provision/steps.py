@@ -11,6 +11,7 @@ Everything here is pure: text in, text out. `provision.apply` talks to the host.
 import base64
 import difflib
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from shlex import join, quote
@@ -379,6 +380,9 @@ FAILED_COMMAND = """trap 'printf "%s\\n" "command failed with exit $?: $BASH_COM
 
 # --- text for a person --------------------------------------------------------------------------------------
 
+# What a file on the host holds ends on a person's terminal.
+CONTROL, REPLACED = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]"), "\ufffd"
+
 
 def render_plan(plan: Plan, *, diffs: bool = True) -> str:
     """The plan as text: every Step and its reason; with `diffs`, how what is there differs from what is wanted."""
@@ -390,11 +394,19 @@ def render_plan(plan: Plan, *, diffs: bool = True) -> str:
         lines.append(f"{number:3}. {planned.step.name}: {first}")
         lines.extend(f"     {part}" for part in more)
         if diffs:
-            lines.extend(f"       {line}" for line in difference(planned))
+            lines.extend(f"       {CONTROL.sub(REPLACED, line)}" for line in difference(planned))
+            lines.extend(f"       then {then}" for then in brief(planned.step.then))
     return "\n".join(lines)
 
 
+def brief(then: str) -> list[str]:
+    """What runs after a Step, where a person would read it in the plan: one command, not a whole script."""
+    command = then.removeprefix("in_target ").removeprefix("[[ $root ]] || ")
+    return [command] if command and "\n" not in command and len(command) <= 80 else []
+
+
 def difference(planned: Planned) -> list[str]:
+    """Lines: `-` as it is there, `+` as it is wanted, blank what is the same beside them."""
     step, observed = planned.step, planned.observed.rstrip("\n")
     if step.packages:
         missing = [name for name in observed.split() if name in step.packages]

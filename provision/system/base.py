@@ -187,6 +187,11 @@ def users(machine: Machine, facts: Facts) -> Iterator[Step]:
     )
 
 
+def keys_of(machine: Machine) -> str:
+    """The name of the Step that decides who logs in."""
+    return f"file /home/{machine.user.name}/.ssh/authorized_keys"
+
+
 def check_machine(machine: Machine, facts: Facts) -> None:
     """Refuse hosts that this cannot work on, before anything is planned."""
     if facts.system == "other":
