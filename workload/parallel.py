@@ -11,10 +11,13 @@ steps) they decide together, over gloo between their CPUs: it does not wait for 
 rank is gone.
 """
 
+import hashlib
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,10 +26,13 @@ from torch import Tensor, nn
 
 from workload.checkpoint import Checkpoint
 from workload.config import TrainConfig
-from workload.data import share
+from workload.data import list_token_files, share
 from workload.device import count_cores
 from workload.errors import WorkloadError
+from workload.files import hash_file
+from workload.launch import OthersLost
 from workload.model import GPT2
+from workload.shards import load_shards
 
 KINDS = ("ddp", "fsdp")
 TIMEOUT_S = 600  # a rank that is silent for longer is taken for lost
@@ -42,6 +48,7 @@ class World:
     size: int = 1
     local_rank: int = 0  # on this machine: the number of its GPU
     kind: str = ""  # "ddp", "fsdp", or "" for a process that is alone
+    machines: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -112,7 +119,8 @@ def read_world(environ: Mapping[str, str], kind: str = "") -> World:
     rank, size, local = (int(environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if size == 1 and not kind:
         return ALONE
-    return World(rank=rank, size=size, local_rank=local, kind=kind or "ddp")
+    machines = int(environ.get("GROUP_WORLD_SIZE", "1"))
+    return World(rank=rank, size=size, local_rank=local, kind=kind or "ddp", machines=machines)
 
 
 @contextmanager
@@ -131,9 +139,10 @@ def joined(world: World, device: torch.device, timeout_s: float = TIMEOUT_S) -> 
     except RuntimeError as error:
         if not _is_lost(error):
             raise
-        raise WorkloadError(
+        where = " or in the log of its machine" if world.machines > 1 else ""
+        raise OthersLost(
             f"rank {world.rank} of {world.size} lost the others: {str(error).splitlines()[0]}",
-            "the error of the rank that ended first is above; the same command with --resume goes on from the "
+            f"the error of the rank that ended first is above{where}; the same command with --resume goes on from the "
             "last checkpoint",
         ) from error
 
@@ -314,6 +323,37 @@ def seed_rank(seed: int, step: int, world: World) -> None:
         torch.manual_seed((seed * 1_000_003 + step) * 4096 + world.rank)
 
 
+def demand_same(world: World, mine: Mapping[str, str]) -> None:
+    """Raise one WorkloadError on all ranks where a machine has another `mine` (what it is → its value) than rank 0."""
+    if world.machines == 1:
+        return
+    of = [(socket.gethostname(), dict(mine))] * world.size
+    dist.all_gather_object(of, of[0])
+    first, wanted = of[0]
+    wrong = {
+        f"{what} {mine[what]} on {name}, {wanted[what]} on {first}"
+        for name, mine in of
+        for what in wanted
+        if mine[what] != wanted[what]
+    }
+    if wrong:
+        raise WorkloadError(
+            "the machines of this run differ: " + "; ".join(sorted(wrong)),
+            "give them the same data and the same environment",
+        )
+
+
+def name_tokens(folder: Path) -> str:
+    """Twelve hex digits that differ when a token does. What meta.json says is believed; other files are read."""
+    listed = load_shards(folder)
+    digest = hashlib.sha256()
+    for paths in list_token_files(folder).values():
+        for path in paths:
+            known = listed.get(path.name)
+            digest.update(f"{path.name} {known.sha256 if known else hash_file(path)}\n".encode())
+    return digest.hexdigest()[:12]
+
+
 def local_device(name: str, world: World) -> str:
     """--device for this rank: a GPU of its own, when `name` leaves that open."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
@@ -327,5 +367,6 @@ def local_threads(environ: Mapping[str, str]) -> int:
 
 
 def describe(world: World) -> str:
-    """ "2 processes, ddp"; "" for one alone."""
-    return f"{world.size} processes, {world.kind}" if world.kind else ""
+    """ "2 processes, ddp", "8 processes on 2 machines, fsdp"; "" for one alone."""
+    where = f" on {world.machines} machines" if world.machines > 1 else ""
+    return f"{world.size} processes{where}, {world.kind}" if world.kind else ""

@@ -28,7 +28,7 @@ from workload.errors import WorkloadError
 from workload.evaluate import Score, evaluate
 from workload.faults import is_device_lost, is_out_of_memory
 from workload.feed import Feed
-from workload.files import FULL
+from workload.files import FULL, replace_text
 from workload.generate import generate, stream_text
 from workload.guard import MOST_ROLL_BACKS, MOST_SKIPS, Guard, gather_guard, judge, restore_guard, roll_back
 from workload.metrics import Metrics
@@ -45,6 +45,9 @@ from workload.tokenizer import Tokenizer, count_bytes, load_tokenizer
 from workload.writer import Writer
 
 METRICS = "metrics.jsonl"
+REACHED = (
+    "reached"  # on the other machines of a run: the step of the newest checkpoint, which the first one has
+)
 DISK_ERRORS = (*FULL, errno.EROFS, errno.EIO)
 PACE_FROM = 5  # updates of a start after which its pace is measured: the first are slow
 PACE_UNTIL = 20  # and updates before which it says too little
@@ -150,6 +153,14 @@ def open_run(
             threads=threads,
         )
     )
+    if world.machines > 1:
+        same = {
+            "tokens": parallel.name_tokens(shards),
+            "torch": torch.__version__,
+            "device": device.type,
+            "dtype": str(dtype),
+        }
+        parallel.demand_same(world, same)
     windows = Windows(load_split(shards, "train"), config.model.n_ctx, config.train.seed)
     torch.manual_seed(config.train.seed)
     model = GPT2(config.model).to(device)
@@ -289,6 +300,8 @@ class Run:
             elapsed_s=self.elapsed_s,
         )
         self._log_step(loss, lr, grad_norm, self.state.elapsed_s - started_s)
+        if self.state.step == self.first_step + 1:
+            self._mark(self.first_step)
         if reason:
             self._event(f"{reason}: update left out")
         if reason and self.guard.skips >= MOST_SKIPS:
@@ -577,6 +590,7 @@ class Run:
         optimizer = parallel.gather_tensors(gather_state(self.optimizer, self.model), self.world)
         random = parallel.gather_random(checkpoint.gather_random(self.device), self.world)
         if not self.world.is_first:
+            self._mark(self.state.step)
             return
         self.state = replace(self.state, elapsed_s=self.elapsed_s, metrics_bytes=rows.stat().st_size)
         self.writer.save(
@@ -587,6 +601,12 @@ class Run:
             random=random,
             beside=[rows],
         )
+
+    def _mark(self, step: int) -> None:
+        """On machines that have no checkpoints: how far the run is, for who counts failures that led nowhere."""
+        if self.world.machines > 1 and self.world.local_rank == 0 and not self.world.is_first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            replace_text(self.out / REACHED, f"{checkpoint.folder_name(step)}\n")
 
     def evaluate(self, should_stop: Callable[[], bool]) -> None:
         """Validation loss, the best checkpoint, a sample, the report; any of them only while not told to stop.

@@ -47,8 +47,24 @@ def add(commands: "Commands") -> None:
     command.add_argument(
         "--nproc-per-node",
         metavar="N",
-        help="train in N processes under torchrun, one a GPU (gpu: as many as there are); for several machines use "
-        "torchrun itself: torchrun --nnodes … -m workload train …",
+        help="train in N processes under torchrun, one a GPU (gpu: as many as there are)",
+    )
+    command.add_argument(
+        "--nnodes",
+        metavar="N",
+        type=int,
+        default=1,
+        help="machines that train it together; each gives this command",
+    )
+    command.add_argument(
+        "--node-rank",
+        metavar="I",
+        type=int,
+        default=0,
+        help="of several machines this one's number, 0 … N-1; 0 saves",
+    )
+    command.add_argument(
+        "--rendezvous", metavar="HOST:PORT", default="", help="of several machines where number 0 is reached"
     )
     command.add_argument(
         "--parallel",
@@ -61,11 +77,12 @@ def add(commands: "Commands") -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """In this process, or in several: started here under torchrun, or this one of those that torchrun started."""
-    from workload.launch import is_worker, launch
+    from workload.launch import checked_nodes, is_worker, launch
 
     if is_worker(os.environ):
         return run_rank(arguments)
-    if arguments.nproc_per_node in (None, "1"):
+    nodes = checked_nodes(arguments.nnodes, arguments.node_rank, arguments.rendezvous)
+    if arguments.nproc_per_node in (None, "1") and nodes.count == 1:
         if arguments.parallel:
             raise WorkloadError(
                 f"--parallel {arguments.parallel} is for several processes",
@@ -73,10 +90,15 @@ def run(arguments: argparse.Namespace) -> int:
             )
         from workload.parallel import ALONE
 
-        return run_training(arguments, ALONE, stop_on_signals())
-    out, _ = choose_run(arguments)  # errors are told once, before anything starts
-    argv = arguments.argv if arguments.out else [*arguments.argv, "--out", str(out)]
-    return launch(argv, arguments.nproc_per_node)
+        run_training(arguments, ALONE, stop_on_signals())
+        return 0
+    argv = arguments.argv
+    if nodes.rank == 0:
+        out, _ = choose_run(arguments)  # errors are told once, before anything starts
+        argv = argv if arguments.out else [*argv, "--out", str(out)]
+    elif not arguments.out:
+        raise WorkloadError("--out is missing", "machine 0 saves there; on the others data and logs go there")
+    return launch(argv, arguments.nproc_per_node or "1", nodes)
 
 
 def choose_run(arguments: argparse.Namespace) -> "tuple[Path, Config]":
@@ -100,12 +122,16 @@ def run_rank(arguments: argparse.Namespace) -> int:
     world = read_world(os.environ, arguments.parallel)
     arguments.device = local_device(arguments.device, world)
     arguments.threads = arguments.threads or local_threads(os.environ)
-    with rank_of_launch(os.environ) as should_stop, joined(world, choose_device(arguments.device)):
-        return run_training(arguments, world, should_stop)
+    with rank_of_launch(os.environ) as rank, joined(world, choose_device(arguments.device)):
+        finished = run_training(arguments, world, rank.should_stop)
+        world.any(False)  # nobody is done before rank 0 has written all there is
+        # Else one machine of several would take for the end what is the reboot of another.
+        rank.elsewhere = world.machines > 1 and not finished and not rank.should_stop()
+    return 0
 
 
-def run_training(arguments: argparse.Namespace, world: "World", should_stop: Callable[[], bool]) -> int:
-    """Train, and say what came of it; of several processes rank 0 does the talking."""
+def run_training(arguments: argparse.Namespace, world: "World", should_stop: Callable[[], bool]) -> bool:
+    """Train, and say what came of it; of several processes rank 0 does the talking. Whether all steps are done."""
     from workload.compile import compile_loss
     from workload.metrics import load_rows
     from workload.progress import Reporter, format_duration, make_reporter
@@ -115,6 +141,8 @@ def run_training(arguments: argparse.Namespace, world: "World", should_stop: Cal
     chosen = world.first(choose_run(arguments) if world.is_first else None)
     assert chosen is not None
     out, config = chosen
+    if world.machines > 1 and arguments.out:
+        out = arguments.out  # each machine's own
     device, dtype, threads = prepare_device(arguments)
     with (
         open(os.devnull, "w") as nowhere,
@@ -135,14 +163,15 @@ def run_training(arguments: argparse.Namespace, world: "World", should_stop: Cal
             make_loss=lambda model: compile_loss(model.loss, arguments.compile, device, reporter.note),
             world=world,
         )
+    finished = state.step >= state.steps
     if not world.is_first:
-        return 0
+        return finished
     stopped = state.step < state.steps or should_stop()
     report = save_report(out, "stopped" if stopped else "finished")
     if stopped:
         print(f"stopped at step {state.step} of {state.steps}, saved; go on with")
         print(f"    python -m workload train --resume --out {out}")
-        return 0
+        return finished
     rows = list(load_rows(out / "metrics.jsonl"))
     sample = next((row for row in reversed(rows) if row["kind"] == "sample"), None)
     if sample is not None:
@@ -155,4 +184,4 @@ def run_training(arguments: argparse.Namespace, world: "World", should_stop: Cal
     )
     print(f"report   {report}")
     print(f"more     python -m workload sample {out}")
-    return 0
+    return finished

@@ -1,0 +1,99 @@
+"""A run on several machines, as far as one of them sees: its place, how it ends, what must be the same everywhere.
+
+tests/transport/test_crew.py has the rest: real torchrun between two network namespaces.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from workload.errors import WorkloadError
+from workload.launch import (
+    ELSEWHERE,
+    ENDED_ELSEWHERE,
+    ENDED_WELL,
+    FOLDER,
+    Nodes,
+    OthersLost,
+    checked_nodes,
+    exit_status,
+    rank_of_launch,
+)
+from workload.parallel import name_tokens, read_world
+from workload.prepare import find_shards
+
+TWO = Nodes(2, 1, "10.0.0.1:29400")
+
+
+def test_the_place_of_a_machine_is_torchruns() -> None:
+    assert checked_nodes(1, 0, "").options() == ["--standalone"]
+    options = checked_nodes(2, 1, "10.0.0.1:29400").options()
+    assert options[:4] == ["--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1", "--master-port=29400"]
+    for count, rank, endpoint in (
+        (2, 2, "a:1"),
+        (2, -1, "a:1"),
+        (0, 0, ""),
+        (2, 0, "a"),
+        (2, 0, ":1"),
+        (2, 0, "a:99999"),
+    ):
+        with pytest.raises(WorkloadError):
+            checked_nodes(count, rank, endpoint)
+
+
+def test_torchrun_says_how_many_machines_there_are() -> None:
+    environ = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "GROUP_WORLD_SIZE": "4"}
+    assert read_world(environ).machines == 4
+    assert read_world({"RANK": "3", "WORLD_SIZE": "8"}).machines == 1
+
+
+@pytest.mark.parametrize(
+    ("ended", "told", "nodes", "status"),
+    [
+        ([ENDED_WELL, ENDED_WELL], False, TWO, 0),
+        ([ENDED_WELL], True, TWO, 0),
+        ([ENDED_ELSEWHERE, ENDED_WELL], False, TWO, ELSEWHERE),
+        (["4711", ENDED_ELSEWHERE], False, TWO, 1),  # one of its own ranks died
+        ([ENDED_ELSEWHERE], False, Nodes(), 1),
+        ([ENDED_ELSEWHERE], True, TWO, 1),  # told to stop and could not save
+        ([], False, TWO, ELSEWHERE),  # the others did not come
+        ([], True, TWO, 143),
+        ([], False, Nodes(), 1),
+    ],
+)
+def test_who_is_to_blame_for_an_end(ended: list[str], told: bool, nodes: Nodes, status: int) -> None:
+    assert exit_status(ended, 1, told=told, nodes=nodes) == status
+
+
+def test_a_rank_says_how_it_ended(tmp_path: Path) -> None:
+    environ = {FOLDER: str(tmp_path), "RANK": "0"}
+    with rank_of_launch(environ) as rank:
+        assert (tmp_path / "0").read_text().isdecimal()
+        rank.elsewhere = True
+    assert (tmp_path / "0").read_text() == ENDED_ELSEWHERE
+    with pytest.raises(OthersLost), rank_of_launch(environ):
+        raise OthersLost("gone")
+    assert (tmp_path / "0").read_text() == ENDED_ELSEWHERE
+    with pytest.raises(WorkloadError), rank_of_launch(environ):
+        raise WorkloadError("its own")
+    assert (tmp_path / "0").read_text().isdecimal()
+    with rank_of_launch(environ):
+        pass
+    assert (tmp_path / "0").read_text() == ENDED_WELL
+
+
+def test_other_tokens_have_another_name(tmp_path: Path) -> None:
+    """Whether meta.json lists them, or, of somebody else's files, by what is in them."""
+    names = set()
+    for number, text in enumerate(("one text. " * 50, "another text. " * 50)):
+        path = tmp_path / f"{number}.txt"
+        path.write_text(text)
+        shards = [
+            find_shards(str(path), tmp_path / f"{number}-{again}", tokenizer="bytes", val_fraction=0.1)
+            for again in "ab"
+        ]
+        assert name_tokens(shards[0]) == name_tokens(shards[1])
+        names.add(name_tokens(shards[0]))
+        (shards[0] / "meta.json").unlink()
+        assert name_tokens(shards[0]) == name_tokens(shards[1]), "the same files, listed nowhere"
+    assert len(names) == 2
