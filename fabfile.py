@@ -16,6 +16,7 @@ from provision.machine import known_machines, load_stranger, machines_folder
 from provision.parallel import Executor, screen
 from provision.seed import describe_seed, load_keys, save_seed
 from provision.system.inventory import describe_disks
+from provision.verify import verify_machine
 
 program.executor_class = Executor  # several machines at once, and one that fails does not stop the others
 
@@ -72,6 +73,14 @@ def disks(c: Context, fingerprint: str = "", address: str = "") -> None:
     """List the machine's disks with serial, size and what is on them, for disk.serial of the machine file."""
     with at(c, fingerprint, address, need_disk=False) as (host, _, to):
         to.console.print(describe_disks(gather_facts(host)), highlight=False, markup=False)
+
+
+@task(help=about("quick"))
+def verify(c: Context, quick: bool = False) -> None:
+    """Check all that training needs: boot, disks, driver, every card, speed, heat. Keeps a page with the history."""
+    with at(c) as (host, machine, to):
+        folder = Path("checkpoints") / machine.name
+        verify_machine(machine, host, folder, to.console, quick=quick, say=to.say)
 
 
 @task(iterable=["set"], help=about("preset", "data", "name", "set", "detach", "resume", "share"))

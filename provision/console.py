@@ -34,6 +34,7 @@ HELP = {
     "prompt": "the text to go on from",
     "tokens": "how many to add",
     "open": "in the browser, too",
+    "quick": "only what is seen in seconds: no disk speed, no training steps, no load",
     "which": "latest, best, all (of those that the machine keeps), or a step",
     "watch": "keep fetching what is saved until the run has ended",
 }

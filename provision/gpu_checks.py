@@ -5,7 +5,8 @@ Each remedy is for the cause that what was seen points to. `sysfs` and `dev` are
 
 from shlex import quote
 
-from provision.checks import Check
+from provision.checks import SCRATCH, Check, run_program
+from provision.programs import program
 from provision.system.gpu import DAEMON
 from provision.system.python import ENVIRONMENT
 
@@ -30,6 +31,7 @@ def gpu_checks(sysfs: str = "/sys", dev: str = "/dev") -> list[Check]:
         cards(sysfs),
         kernel_log(),
         compute(),
+        together(),
     ]
 
 
@@ -112,6 +114,8 @@ fields=name,driver_version,memory.total,temperature.gpu,power.draw
 seen=$(nvidia-smi --query-gpu=$fields --format=csv,noheader,nounits 2>&1) || {{ echo "$seen"; exit 1; }}
 found=$(grep -c ', .*, .*, .*, ' <<< "$seen")
 echo "$seen" | sed 's/$/;/'
+busy=$(nvidia-smi --query-compute-apps=pid --format=csv,noheader 2> /dev/null | grep -c '^[0-9]') || true
+echo "figure busy_processes ${{busy:-0}}"
 (( found == there )) || {{ echo "$found cards answer, and $there are there"; exit 1; }}""",
         "On the machine: journalctl --dmesg --boot | grep NVRM names the reason.",
         (
@@ -162,74 +166,18 @@ echo "no faults in $(grep -c . <<< "$lines") lines of the driver\"""",
                 "The card needs the open modules: fab provision puts them in.",
             ),
             ("API mismatch", f"The driver was upgraded since the boot. {REBOOT}"),
+            (
+                "not include the required GPU",
+                "The driver is not one for this card; fab plan names the right one, and why.",
+            ),
         ),
     )
-
-
-COMPUTE = '''
-import torch
-
-
-def fits(capability, kernels):
-    """Kernels for sm_XY run on X.Y and on what is newer of the same X; PTX (compute_XY) on all that is newer."""
-    for kernel in kernels:
-        kind, _, number = kernel.partition("_")
-        has = divmod(int("".join(filter(str.isdigit, number))), 10)
-        if has <= tuple(capability) and (kind == "compute" or has[0] == capability[0]):
-            return True
-    return False
-
-
-def multiply(device, kind, tolerance):
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(512, 512, generator=generator).to(kind) for _ in range(2))
-    want = left.double() @ right.double()
-    got = (left.to(device) @ right.to(device)).cpu().double()
-    error = ((got - want).abs().max() / want.abs().max()).item()
-    assert error < tolerance, f"{device}: a product in {kind} is wrong by {error:.2g} of its largest element"
-
-
-def compile_one(device):
-    def function(x):
-        return torch.nn.functional.gelu(x) * 2 + 1
-
-    x = torch.linspace(-3, 3, 1000, device=device)
-    error = (torch.compile(function)(x) - function(x)).abs().max().item()
-    assert error < 1e-4, f"{device}: what torch.compile made is wrong by {error:.2g}"
-
-
-def prove(device, name, capability, kernels):
-    sm = "sm_%d%d" % tuple(capability)
-    assert fits(capability, kernels), f"{name} is {sm}, and torch {torch.__version__} has no kernels for it, only for {kernels}"
-    half = torch.bfloat16 if tuple(capability) >= (8, 0) else torch.float16  # bfloat16 is native from there on
-    multiply(device, torch.float32, 1e-4)
-    multiply(device, half, 2e-2)
-    if tuple(capability) >= (7, 0):  # Triton knows nothing older
-        compile_one(device)
-        return f"{name} ({sm}): float32, {half}, torch.compile"
-    return f"{name} ({sm}): float32, {half}"
-
-
-def main():
-    torch.cuda.init()  # raises with the reason, where is_available() only says no
-    for index in range(torch.cuda.device_count()):
-        device, name = f"cuda:{index}", torch.cuda.get_device_name(index)
-        print(prove(device, name, torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()), end="; ")
-
-
-if __name__ == "__main__":
-    main()
-'''
 
 
 def compute() -> Check:
     return Check(
         "GPUs compute",
-        "scratch=$(mktemp -d); trap 'rm -rf \"$scratch\"' EXIT\n"
-        'export TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" TRITON_CACHE_DIR="$scratch/triton"\n'
-        # Of a traceback only its last line says anything here.
-        f'seen=$({ENVIRONMENT}/bin/python -c {quote(COMPUTE)} 2>&1) || {{ tail -n 3 <<< "$seen"; exit 1; }}\n'
-        'tail -n 1 <<< "$seen"',
+        run_program("compute", "gpu"),
         "See cards and kernel log; a wrong product means a fault of the card.",
         (
             (
@@ -243,5 +191,40 @@ def compute() -> Check:
             ),
             ("no NVIDIA driver", "The driver is not loaded: see driver modules."),
             ("C compiler|gcc", "torch.compile found no compiler: fab provision installs gcc."),
+        ),
+    )
+
+
+def together(
+    count: str = '$(nvidia-smi -L | grep -c "^GPU ")', python: str = f"{ENVIRONMENT}/bin/python"
+) -> Check:
+    """All cards add up, where there are several. `count` (bash): how many processes."""
+    return Check(
+        "cards together",
+        f"""count={count}
+if ((count < 2)); then echo "one card, alone"; exit; fi
+{SCRATCH}printf %s {quote(program("together"))} > "$scratch/together.py"
+export OMP_NUM_THREADS=1  # or torchrun says that it chose that
+{python} -m torch.distributed.run --standalone --nproc-per-node "$count" "$scratch/together.py" > "$scratch/said" 2> "$scratch/errors" || {{
+  # Of torchrun's many lines those that name a reason.
+  grep -hE 'Error|NCCL WARN|error' "$scratch/errors" "$scratch/said" | grep -v ChildFailedError | tail -n 3
+  exit 1
+}}
+cat "$scratch/said\"""",
+        "On the machine: NCCL_DEBUG=INFO before a run of several cards says more.",
+        (
+            (
+                "shm|No space left|shared memory",
+                "/dev/shm is too small for NCCL: df /dev/shm; it is half of the memory, unless /etc/fstab says less.",
+            ),
+            (
+                "[Tt]imeout|[Tt]imed out|Watchdog|P2P|peer access",
+                "Copies between cards hang: turn ACS and IOMMU off in the firmware, or iommu=pt in system.cmdline. "
+                "If NCCL_P2P_DISABLE=1 helps, that was it.",
+            ),
+            (
+                "the sum over",
+                "A card or a link between cards sums up wrongly: see GPUs compute and kernel log.",
+            ),
         ),
     )

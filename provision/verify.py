@@ -1,82 +1,179 @@
-"""The proof at the end: boot, units, driver, environment, and a few optimizer steps on the device."""
+"""Whether a machine can train: what `provision` asks at its end, in one exec; and all of it, for `fab verify`."""
 
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
 from shlex import quote
 
-from provision.checks import Check, Outcome, parse_checks, render_checks
-from provision.gpu_checks import gpu_checks
-from provision.host import Host
-from provision.machine import Machine
-from provision.system.layout import layout
-from provision.system.python import ENVIRONMENT
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-__all__ = ["Outcome", "checks", "verify"]
+from provision.apply import gather_facts
+from provision.checks import ASKED, Check, Outcome, parse_checks, render_checks
+from provision.errors import ProvisionError
+from provision.facts import Facts
+from provision.gpu_checks import gpu_checks
+from provision.history import Record, compare, entry_of, load_records, save_record, save_text
+from provision.host import Host
+from provision.long_checks import LOAD_S, long_checks
+from provision.machine import Machine
+from provision.preflight import demand_installed, look_for_runs
+from provision.source import content_hash, package_files
+from provision.system.gpu import family
+from provision.system_checks import clock_is_right, learns, system_checks
+from provision.transfer import human
+from provision.verify_page import render_verify_page
+
+__all__ = ["Outcome", "checks", "verify", "verify_machine"]
 
 DEADLINE_S = 900  # importing torch takes most of a minute on an emulated processor
-
-LEARN = """
-import torch
-device = "cuda" if torch.cuda.is_available() else "cpu"
-torch.manual_seed(0)
-inputs = torch.randn(64, 8, device=device)
-targets = inputs @ torch.randn(8, 1, device=device)
-model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 1)).to(device)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-losses = []
-for _ in range(20):
-    loss = torch.nn.functional.mse_loss(model(inputs), targets)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    losses.append(loss.item())
-assert losses[-1] < losses[0], losses
-name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-print(f"torch {torch.__version__} on {name}: loss {losses[0]:.2f} -> {losses[-1]:.2f} in 20 steps")
-assert WANT_GPU is False or device == "cuda", "torch does not see the GPU"
-"""
+LONG_DEADLINE_S = 3600
+UNIT = "metal-verify"
+FOLDER = "verify"  # below checkpoints/NAME
+PAGE = "index.html"
 
 
 def checks(machine: Machine, has_gpu: bool) -> list[Check]:
-    """What must hold on an installed machine. `has_gpu`: an NVIDIA driver was installed on it."""
-    roots = " ".join(sorted(layout(machine).roots))
-    found = [
-        Check(
-            "root file system",
-            "findmnt --noheadings --output SOURCE,FSTYPE,OPTIONS /\n"
-            'on=$(lsblk --inverse --noheadings --raw --output PARTUUID "$(findmnt --nofsroot --noheadings --output SOURCE /)")\n'
-            f'for root in {roots}; do ! grep -qix "$root" <<< "$on" || exit 0; done; exit 1',
-            "It runs from another disk: check the firmware's boot order.",
-        ),
-        Check("fstab", "findmnt --verify | tail -n 1", "See findmnt --verify."),
-        Check(
-            "kernel modules",
-            "uname -r; [[ -d /usr/lib/modules/$(uname -r)/kernel ]]",
-            "An update removed the running kernel's modules: reboot.",
-        ),
-        Check(
-            "failed units",
-            "seen=$(systemctl list-units --failed --plain --no-legend | awk '{print $1}'); echo ${seen:-none}; [[ -z $seen ]]",
-            "See: systemctl status UNIT; journalctl --boot --unit UNIT",
-        ),
-        Check(
-            "free space",
-            "df --output=avail,target -h / | tail -n 1; (( $(df --output=avail / | tail -n 1) > 1048576 ))",
-            "Free 1 GiB.",
-        ),
-    ]
-    if has_gpu:
-        found += gpu_checks()
-    learn = LEARN.replace("WANT_GPU", str(has_gpu))
-    found.append(
-        Check(
-            "training steps",
-            f"{ENVIRONMENT}/bin/python -W error::UserWarning -c {quote(learn)}",
-            f"To make the environment anew, on the machine: sudo rm {ENVIRONMENT}",
-        )
-    )
-    return found
+    """What must hold on an installed machine, and is seen in seconds. `has_gpu`: an NVIDIA driver was installed on it."""
+    return [*system_checks(machine), *(gpu_checks() if has_gpu else []), learns(has_gpu)]
 
 
 def verify(machine: Machine, host: Host, has_gpu: bool) -> list[Outcome]:
-    """One exec: all checks, in order."""
+    """One exec: all quick checks, in order."""
     wanted = checks(machine, has_gpu)
-    return parse_checks(wanted, host.look(render_checks(wanted), deadline_s=DEADLINE_S).stdout)
+    sent_s = time.time()
+    answer = host.look(render_checks(wanted), deadline_s=DEADLINE_S).stdout
+    return [judge_clock(outcome, sent_s, time.time()) for outcome in parse_checks(wanted, answer)]
+
+
+def judge_clock(outcome: Outcome, sent_s: float, received_s: float) -> Outcome:
+    """The outcome of the check of the clock by this computer's; any other as it is."""
+    clock_s = outcome.figures.get("clock_s")
+    if clock_s is None:
+        return outcome
+    away_s = clock_s - received_s
+    told = f"{abs(away_s):.0f} s {'behind' if away_s < 0 else 'ahead of'} this computer's"
+    good = outcome.good and clock_is_right(clock_s, sent_s, received_s)
+    return replace(outcome, good=good, seen=outcome.seen if good else f"{outcome.seen}, {told}", figures={})
+
+
+def verify_machine(
+    machine: Machine,
+    host: Host,
+    folder: Path,
+    console: Console,
+    *,
+    quick: bool = False,
+    load_s: int = LOAD_S,
+    say: Callable[[str], object] = print,
+) -> Record:
+    """All checks, shown as a table and kept below `folder` as JSON and a page with their history.
+
+    `quick` leaves out what takes minutes; so does a training run at work, and whoever else computes on a card.
+    Raises ProvisionError, once all is kept, where something is wrong.
+    """
+    demand_installed(host)
+    began, since = datetime.now(UTC), time.monotonic()
+    facts = gather_facts(host)
+    has_gpu = bool(facts.gpus) and machine.gpu.driver != "none"
+    outcomes = verify(machine, host, has_gpu)
+    left_out = why_left_out(facts, outcomes, quick)
+    if left_out:
+        say(f"Left out: disk speed, training speed, load: {left_out}.")
+    else:
+        outcomes += verify_long(machine, host, has_gpu, load_s, console, say)
+    about = describe(facts)
+    earlier, refused = load_records(folder / FOLDER)
+    if then := compare(outcomes, about, earlier):
+        outcomes.append(then)
+    seconds = time.monotonic() - since
+    record = Record(machine.name, began, seconds, left_out, about, tuple(map(entry_of, outcomes)))
+    path = save_record(folder / FOLDER, record)
+    page = folder / FOLDER / PAGE
+    save_text(page, render_verify_page([*earlier, record]))
+    for text in refused:
+        say(f"An earlier record is not counted: {text}")
+    console.print(render_outcomes(outcomes))
+    say(f"Kept as {path}; with its history in {page.resolve()}")
+    demand_good(machine, outcomes, "verify")
+    return record
+
+
+def why_left_out(facts: Facts, outcomes: Sequence[Outcome], quick: bool) -> str:
+    """Why the long checks are not run; "" where they are."""
+    if quick:
+        return "it shall be quick"
+    if facts.runs:
+        return f"{', '.join(facts.runs)} is at work"
+    if any(outcome.figures.get("busy_processes") for outcome in outcomes):
+        return "somebody computes on a card; fab runs and nvidia-smi tell who"
+    if not outcomes[-1].good:
+        return "without a Python environment that works they would say nothing"
+    return ""
+
+
+def verify_long(
+    machine: Machine, host: Host, has_gpu: bool, load_s: int, console: Console, say: Callable[[str], object]
+) -> list[Outcome]:
+    """As a unit that outlives the connection; what is at work is shown."""
+    source = send_workload(host, machine)
+    wanted = long_checks(has_gpu, source, load_s)
+    say(f"Now what takes minutes: {', '.join(check.name for check in wanted)} ({load_s} s).")
+    said = list[str]()
+    with console.status(wanted[0].name) as status:
+
+        def hear(line: str) -> None:
+            said.append(line)
+            if not line.startswith("@@"):
+                status.update(escape(line))
+            elif line.startswith(ASKED):
+                status.update(escape(line.partition(" ")[2]))
+
+        user = machine.user.name
+        script = render_checks(wanted)
+        code = host.run_unit(UNIT, script, on_line=hear, deadline_s=LONG_DEADLINE_S, user=user)
+    if code:
+        raise ProvisionError(f"The verification ended with status {code}:\n" + "\n".join(said[-5:]))
+    return parse_checks(wanted, "\n".join(said))
+
+
+def send_workload(host: Host, machine: Machine) -> PurePosixPath:
+    """The package as runs get it, where it is not there already; its folder."""
+    files = package_files()
+    place = look_for_runs(host, machine).folder.source(content_hash(files))
+    there = host.look(f"[[ ! -e {quote(str(place))} ]] || echo yes", as_root=False).stdout.strip()
+    if not there:
+        host.send_tree(files, place, as_root=False)
+    return place
+
+
+def describe(facts: Facts) -> dict[str, str]:
+    """What a record says of the machine that it was made on."""
+    cards = ", ".join(f"10de:{gpu.device:04x} ({family(gpu.device)})" for gpu in facts.gpus)
+    return {
+        "kernel": facts.kernel,
+        "processor": facts.cpu_model,
+        "memory": human(facts.memory_bytes),
+        "cards": cards or "none",
+    }
+
+
+def render_outcomes(outcomes: Sequence[Outcome]) -> Table:
+    table = Table("verified", "", "seen", box=None)
+    for outcome in outcomes:
+        verdict = "[green]good[/]" if outcome.good else "[red]bad[/]"
+        table.add_row(outcome.check.name, verdict, escape(outcome.seen))
+    return table
+
+
+def demand_good(machine: Machine, outcomes: Sequence[Outcome], task: str) -> None:
+    """Raise ProvisionError with what was seen and the remedy of all that is not good."""
+    bad = [outcome for outcome in outcomes if not outcome.good]
+    if bad:
+        raise ProvisionError(
+            "\n".join(f"{outcome.check.name}: {outcome.seen}\n  {outcome.check.remedy}" for outcome in bad),
+            f"Then: fab -H {machine.name} {task}",
+        )

@@ -1,5 +1,6 @@
 """The verification: its bash run for real, against fake trees and programs where a card would be needed."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from provision.checks import Check, Outcome, parse_checks, render_checks
 from provision.errors import ProvisionError
-from provision.gpu_checks import COMPUTE, OF_PROGRAMS, REBOOT, UVM, compute, gpu_checks
+from provision.gpu_checks import OF_PROGRAMS, REBOOT, UVM, compute, gpu_checks
 from provision.machine import Machine
 from provision.system.layout import layout
 from provision.system.python import ENVIRONMENT
@@ -51,7 +52,24 @@ def test_what_is_seen_decides_the_remedy() -> None:
     assert (other.good, other.check.remedy) == (False, "look at it")
     assert "three %s" in other.seen
     with pytest.raises(ProvisionError, match="incomplete"):
-        parse_checks([good.check, denied.check], "0 yes fine\n")
+        parse_checks([good.check, denied.check], "@@check 0 yes fine\n")
+
+
+def test_what_is_measured_is_told_apart_and_what_hangs_is_ended() -> None:
+    measured, late = run(
+        [
+            Check(
+                "a",
+                "echo 'figure reads_per_s 12.5'; echo it reads; printf 'a\\ttab\\n'; echo half >&$TELL_FD",
+                "-",
+            ),
+            Check("b", "echo begun; sleep 60", "-", limit_s=1),
+        ]
+    )
+    assert measured.figures == {"reads_per_s": 12.5}
+    assert measured.seen == "it reads a tab"
+    assert not late.good
+    assert late.seen == "begun was not done after 1 s"
 
 
 MOCK_ROOT = """#!/bin/bash
@@ -277,11 +295,9 @@ def test_what_programs_did_wrong_and_what_is_no_fault(box: Box) -> None:
 
 
 @pytest.fixture(scope="module")
-def proof() -> types.SimpleNamespace:
+def proof() -> types.ModuleType:
     pytest.importorskip("torch")
-    names: dict[str, object] = {"__name__": "proof"}
-    exec(compile(COMPUTE, "compute", "exec"), names)
-    return types.SimpleNamespace(**names)
+    return importlib.import_module("provision.programs.compute")
 
 
 CUDA_126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -298,15 +314,15 @@ CUDA_130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120
     ],
 )  # fmt: skip
 def test_which_kernels_run_where(
-    proof: types.SimpleNamespace, capability: tuple[int, int], kernels: list[str], good: bool
+    proof: types.ModuleType, capability: tuple[int, int], kernels: list[str], good: bool
 ) -> None:
     assert proof.fits(capability, kernels) is good
 
 
 def test_products_are_compared_with_the_processors(
-    proof: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    proof: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = proof.prove("cpu", "a processor", (6, 1), CUDA_126)
+    said = proof.prove_card("cpu", "a processor", (6, 1), CUDA_126)
     assert said == "a processor (sm_61): float32, torch.float16"
     import torch
 
@@ -318,7 +334,9 @@ def test_products_are_compared_with_the_processors(
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
 def test_torch_compile_is_proved(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    on_processor = f"{COMPUTE.partition('def main')[0]}print(prove('cpu', 'a processor', (8, 0), ['sm_80']))"
+    on_processor = (
+        "from provision.programs.compute import *; print(prove_card('cpu', 'a processor', (8, 0), ['sm_80']))"
+    )
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     ran = subprocess.run(
         [sys.executable, "-c", on_processor], capture_output=True, text=True, env=environment
