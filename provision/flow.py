@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from provision.apply import (
     Progress,
@@ -35,7 +34,7 @@ from provision.system.base import keys_of
 from provision.system.disk import find_disks, losing, would_lose
 from provision.system.inventory import describe_disk
 from provision.system.layout import layout
-from provision.verify import Outcome, verify
+from provision.verify import demand_good, render_outcomes, verify
 
 
 def show_plan(machine: Machine, host: Host, console: Console) -> None:
@@ -105,7 +104,9 @@ def provision_machine(
         console.print("; ".join(facts.reboot))
         host = reboot_and_find(machine, host, pins, facts, console, ask, sweep=sweep)
     has_gpu = bool(facts.gpus) and machine.gpu.driver != "none"
-    show_outcomes(machine, verify(machine, host, has_gpu), console)
+    outcomes = verify(machine, host, has_gpu)
+    console.print(render_outcomes(outcomes))
+    demand_good(machine, outcomes, "provision")
     return host
 
 
@@ -260,18 +261,3 @@ def progress_on(console: Console, machine: Machine) -> Progress:
         console.print(f"  [green]done[/] {seconds:6.1f} s  {escape(name)}", highlight=False)
 
     return Progress(begin=begin, output=output, end=end, log=log)
-
-
-def show_outcomes(machine: Machine, outcomes: list[Outcome], console: Console) -> None:
-    table = Table("verified", "", "seen", box=None)
-    for outcome in outcomes:
-        table.add_row(
-            outcome.check.name, "[green]good[/]" if outcome.good else "[red]bad[/]", escape(outcome.seen)
-        )
-    console.print(table)
-    bad = [outcome for outcome in outcomes if not outcome.good]
-    if bad:
-        raise ProvisionError(
-            "\n".join(f"{outcome.check.name}: {outcome.seen}\n  {outcome.check.remedy}" for outcome in bad),
-            f"Then: fab -H {machine.name} provision",
-        )
