@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         return _OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
-    return _onednn(x, weight, bias)
+    return _one_row(x, weight, bias) if x.numel() == x.size(-1) else _onednn(x, weight, bias)
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -61,6 +61,20 @@ class _OneDNNLinear(torch.autograd.Function):
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`_onednn` of a single row, as a batch of two products of one column each with half of the weight's rows.
+
+    Generating a token reads every weight once. Both oneDNN's and MKL's own product of one row need 1.6 to 2 times as
+    long as reading does; MKL's batched one is as fast as reading (measured on an EPYC with AVX-512).
+    """
+    column = x.reshape(1, -1).t()  # with strides (1, C): with (1, 1) the same call is 4 times slower
+    half = len(weight) // 2
+    y = torch.bmm(weight[: 2 * half].view(2, half, -1), column.expand(2, -1, 1)).view(-1)
+    if len(weight) % 2:
+        y = torch.cat([y, weight[-1] @ column])
+    return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -133,7 +147,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # The derivative by the logits is p less 1 at the target. Left unscaled: divided by N it would be 0 in fp16.
             grad = p.scatter_add_(1, targets_part[:, None], p.new_full((len(rows), 1), -1.0)).to(dtype)
             if wants_x:
-                grads_x.append(linear(grad, head.t(), None).to(x.dtype))
+                grads_x.append((grad @ head).to(x.dtype))
             if wants_weight:
                 if dtype == torch.float16:
                     rows = rows * shrink
@@ -188,11 +202,15 @@ def _pieces(x: Tensor, targets: Tensor, columns: int) -> list[tuple[Tensor, Tens
 def _softmax(logits: Tensor, targets: Tensor, n_vocab: int) -> tuple[Tensor, Tensor]:
     """logits (R, V padded), targets (R) → losses (R) and probabilities (R, V padded), at least in fp32.
 
-    log Σ exp = largest logit - log(largest probability): one pass less than a log-softmax and its exponential.
+    log Σ exp = largest logit - log(largest probability): no pass for a log-softmax and its exponential. On a CPU the
+    probabilities take the place of the logits where they can: new pages for as many cost more than the softmax.
     """
     if logits.size(1) > n_vocab:
         logits[:, n_vocab:] = -math.inf
-    p = logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    largest, place = logits.max(1, keepdim=True)
-    excess = largest.to(p.dtype) - logits.gather(1, targets[:, None]).to(p.dtype)
-    return (excess - p.gather(1, place).log()).squeeze(1), p
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    excess = logits.amax(1, keepdim=True).to(dtype) - logits.gather(1, targets[:, None]).to(dtype)
+    if logits.device.type == "cpu" and logits.dtype == dtype:
+        p = torch.softmax(logits, 1, out=logits)
+    else:
+        p = logits.softmax(1, dtype=dtype)
+    return (excess - p.amax(1, keepdim=True).log()).squeeze(1), p

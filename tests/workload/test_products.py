@@ -128,14 +128,15 @@ def test_a_head_that_is_not_trained_costs_no_gradient() -> None:
 
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("columns", [40, 41])
 def test_a_dense_layer_is_the_same_from_either_library(
-    monkeypatch: pytest.MonkeyPatch, onednn: bool, bias: bool
+    monkeypatch: pytest.MonkeyPatch, onednn: bool, bias: bool, columns: int
 ) -> None:
     if onednn and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("torch without oneDNN")
     monkeypatch.setattr(products, "prefers_onednn", lambda: onednn)
     torch.manual_seed(0)
-    mine, theirs = Linear(C, 40, bias=bias), torch.nn.Linear(C, 40, bias=bias)
+    mine, theirs = Linear(C, columns, bias=bias), torch.nn.Linear(C, columns, bias=bias)
     theirs.load_state_dict(mine.state_dict())
     inputs = [torch.randn(2, 3, C).requires_grad_() for _ in range(2)]
     inputs[1] = inputs[0].detach().clone().requires_grad_()
@@ -148,6 +149,9 @@ def test_a_dense_layer_is_the_same_from_either_library(
         torch.testing.assert_close(a.grad, b.grad)
     with torch.no_grad():
         torch.testing.assert_close(mine(inputs[0]), outputs[1])
+        for shape in ((1, 1, C), (C,)):  # one row: generation
+            row = torch.randn(shape)
+            torch.testing.assert_close(mine(row), theirs(row))
         assert mine.double()(inputs[0].double()).dtype == torch.float64
 
 
