@@ -1,7 +1,7 @@
 """Probe, plan, apply, and probe again: the only module between the pure planners and the host."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,16 @@ from provision.facts import PROBE, Facts, parse_facts
 from provision.host import Host
 from provision.machine import Machine
 from provision.secrets import Prompt, ask_person, reveal
-from provision.steps import SECRETS, Plan, make_plan, parse_probes, render_apply, render_probes, secret_file
+from provision.steps import (
+    SECRETS,
+    Plan,
+    Step,
+    make_plan,
+    parse_probes,
+    render_apply,
+    render_probes,
+    secret_file,
+)
 from provision.system import system
 from provision.system.crypt import UNLOCK_KEY
 from provision.system.layout import MOUNT, layout
@@ -32,9 +41,22 @@ def plan_for(machine: Machine, facts: Facts, host: Host) -> Plan:
     steps = system(machine, facts, now_s=int(time.time()))
     live = facts.system == "live"
     root, mounts = (MOUNT, layout(machine).probe_mounts) if live else ("", ())
-    answer = host.look(render_probes(steps, root, mounts), deadline_s=PROBE_DEADLINE_S).stdout
     title = f"{machine.name}, {'live ISO' if live else 'installed system'} at {host.address}"
+    return probe(title, steps, host, root, mounts)
+
+
+def probe(
+    title: str, steps: Sequence[Step], host: Host, root: str = "", mounts: Sequence[tuple[str, str, str]] = ()
+) -> Plan:
+    """One exec: those of the Steps that are to be done."""
+    answer = host.look(render_probes(steps, root, mounts), deadline_s=PROBE_DEADLINE_S).stdout
     return make_plan(title, steps, parse_probes(steps, answer))
+
+
+def wanted_packages(machine: Machine, facts: Facts) -> tuple[str, ...]:
+    """Of Arch's repositories, as the planners name them. Refuses a machine that they refuse."""
+    steps = system(machine, facts, now_s=int(time.time()))
+    return tuple(name for step in steps for name in step.packages)
 
 
 def look_for_extras(machine: Machine, facts: Facts, host: Host) -> Extras:
@@ -76,10 +98,18 @@ class Progress:
             self.output(text.rstrip())
 
 
-def apply(plan: Plan, machine: Machine, host: Host, progress: Progress, prompt: Prompt = ask_person) -> None:
+def apply(
+    plan: Plan,
+    machine: Machine,
+    host: Host,
+    progress: Progress,
+    prompt: Prompt = ask_person,
+    *,
+    task: str = "provision",
+) -> None:
     """Do the plan's Steps on the host, in a unit that survives the connection; ProvisionError names the Step that failed.
 
-    `prompt` asks a person for a secret that a Step needs and that is `prompt:TEXT`.
+    `prompt` asks a person for a secret that a Step needs and that is `prompt:TEXT`; `task` is what goes on after a failure.
     """
     send_secrets(plan, host, prompt)
     root = MOUNT if host.system == "live" else ""
@@ -88,7 +118,7 @@ def apply(plan: Plan, machine: Machine, host: Host, progress: Progress, prompt: 
         raise ProvisionError(
             f"Step '{progress.failed or progress.current}' failed with exit {code}:\n"
             + "\n".join(f"  {line}" for line in progress.tail),
-            f"Whole output: {progress.log}\nWhen the cause is mended, this goes on from there: fab -H {machine.name} provision",
+            f"Whole output: {progress.log}\nWhen the cause is mended, this goes on from there: fab -H {machine.name} {task}",
         )
 
 

@@ -67,6 +67,7 @@ section cpu_model; awk -F': *' '/^model name/ {print $2; exit}' /proc/cpuinfo
 section memory; awk '/^MemTotal/ {print $2}' /proc/meminfo
 section root
 lsblk --inverse --noheadings --raw --output PARTUUID "$(findmnt --nofsroot --noheadings --output SOURCE /)" 2>/dev/null || true
+section subvolume; findmnt --noheadings --output FSROOT / || true
 section medium
 if source=$(findmnt --noheadings --output SOURCE /run/archiso/bootmnt 2>/dev/null); then
   lsblk --inverse --noheadings --raw --paths --output NAME,TYPE "$source" | awk '$2 == "disk" {print $1}'
@@ -179,6 +180,7 @@ class Facts:
     cpu_model: str
     memory_bytes: int
     root_partitions: tuple[str, ...]  # PARTUUIDs of the partitions that / lies on
+    subvolume: str  # what of its file system / is: /@ with btrfs, else /
     disks: tuple[Disk, ...]
     gpus: tuple[GpuSeen, ...]
     nics: tuple[tuple[str, str], ...]  # (name, MAC address)
@@ -218,6 +220,7 @@ def parse_facts(text: str) -> Facts:
         cpu_model=one["cpu_model"],
         memory_bytes=int(one["memory"]) * 1024,
         root_partitions=tuple(line.lower() for line in found["root"]),
+        subvolume=one["subvolume"],
         disks=tuple(parse_disks(json.loads("\n".join(found["lsblk"])), seen)),
         gpus=tuple(GpuSeen(slot, int(device, 16)) for slot, device in map(str.split, found["gpus"])),
         nics=tuple((name, mac) for name, mac in map(str.split, found["nics"])),

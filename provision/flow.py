@@ -103,11 +103,16 @@ def provision_machine(
     if facts.reboot and not facts.runs:
         console.print("; ".join(facts.reboot))
         host = reboot_and_find(machine, host, pins, facts, console, ask, sweep=sweep)
+    prove(machine, host, facts, console, "provision")
+    return host
+
+
+def prove(machine: Machine, host: Host, facts: Facts, console: Console, task: str) -> None:
+    """Verify, and show it. Raises ProvisionError where something is bad; `task` is what to type when that is mended."""
     has_gpu = bool(facts.gpus) and machine.gpu.driver != "none"
     outcomes = verify(machine, host, has_gpu)
     console.print(render_outcomes(outcomes))
-    demand_good(machine, outcomes, "provision")
-    return host
+    demand_good(machine, outcomes, task)
 
 
 def demand_way_in(machine: Machine, host: Host) -> None:

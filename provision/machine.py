@@ -104,6 +104,7 @@ class Mirror:
         str, Rule(r"Never|(Package|Database)?(Never|Optional|Required)( \w+)*", "pacman's SigLevel")
     ]
     countries: Annotated[tuple[str, ...], Rule(r"[A-Za-z][A-Za-z ]*", "a country, by name or by two letters")]
+    archive: Annotated[str, Rule(r"(https?|file)://[^\s']+", "a URL")]
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,19 @@ CONCERNS: tuple[Concern, ...] = (
 )
 
 
+def check_root(machine: Machine, facts: Facts) -> None:
+    """What is done to a snapshot would be lost."""
+    if facts.subvolume.startswith("/@snapshots/"):
+        raise ProvisionError(
+            f"{facts.hostname} runs the snapshot {facts.subvolume}, and not its system: an update was cut off, did not "
+            "come up, or was taken back.",
+            f"To make the system from before the update its only one: fab -H {machine.name} rollback",
+        )
+
+
 def check_layout(machine: Machine, facts: Facts) -> None:
     """An installed system's disks cannot be laid out anew: refuse a machine file that asks for it."""
+    check_root(machine, facts)
     remedy = "Were [disk] settings changed after the installation? Put the old ones back, or install anew from the ISO."
     if not layout(machine).roots & set(facts.root_partitions):
         raise ProvisionError(

@@ -106,6 +106,9 @@ Example 9 7950X 16-Core Processor
 
 @root
 
+@subvolume
+/
+
 @medium
 /dev/sda
 

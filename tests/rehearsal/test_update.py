@@ -1,0 +1,305 @@
+"""Update and rollback on real btrfs: cut off after every command, the machine boots into what fits together.
+
+A disk image with the subvolumes of an installation and an ESP (FAT where this kernel knows it), in namespaces of its own; pacman, btrfs and the Steps' bash
+are real. Stand-ins: the kernels are lines of text, `boot` reads what systemd-boot would, mkinitcpio writes a line,
+bootctl a file, and the restart is a new mount. What the disk's own cache loses with the power is not shown here.
+"""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shlex import quote
+
+import pytest
+from pytest_mock import MockerFixture
+from rich.console import Console
+
+from provision.errors import ProvisionError
+from provision.facts import Facts
+from provision.host import Result
+from provision.machine import Machine
+from provision.snapshot import BEFORE, UPDATING
+from provision.update import rollback_machine, update_machine
+from tests.provision.conftest import live
+from tests.provision.test_own import wish
+from tests.rehearsal.test_aur import lower, pytestmark
+from tests.sshd import wait_for
+
+__all__ = ["live", "lower", "pytestmark"]
+
+SETUP = r"""
+set -eu
+mount -t tmpfs -o mode=755 tmpfs "$scratch"
+cd "$scratch"
+mkdir upper work root sys top state images
+mount -t overlay -o "lowerdir=$lower,upperdir=upper,workdir=work" overlay root
+mount --bind /dev root/dev
+mount -t proc proc root/proc
+truncate --size 256M images/disk
+truncate --size 40M images/esp
+mkdir root/images root/top
+mount --bind images root/images
+chroot root mkfs.btrfs -q /images/disk
+if grep -qw vfat /proc/filesystems; then chroot root mkfs.fat /images/esp > /dev/null; else chroot root mkfs.ext4 -q /images/esp; fi
+mount -t btrfs -o loop images/disk top
+mount --bind top root/top
+for name in @ @snapshots; do chroot root btrfs subvolume create "/top/$name" > /dev/null; done
+mkdir -p root/usr/local/bin root/srv
+for name in systemctl mkinitcpio bootctl ip; do printf '%s' "${!name}" > "root/usr/local/bin/$name"; chmod 755 "root/usr/local/bin/$name"; done
+cd top/@
+mkdir -p dev proc run tmp root boot .snapshots modules srv/repo var/lib/pacman var/log var/lib/metal-to-model var/cache/pacman/pkg usr
+for name in bin sbin lib lib64; do ln -s "usr/$name" "$name"; done
+cp -a "$scratch/root/etc" etc
+mount -o loop "$scratch/images/esp" boot
+mkdir -p boot/loader/entries
+printf 'default arch-linux-lts.conf\ntimeout 3\neditor no\n' > boot/loader/loader.conf
+printf 'title Arch Linux (linux-lts)\nlinux /vmlinuz-linux-lts\ninitrd /initramfs-linux-lts.img\noptions root=UUID=1 rootflags=subvol=/@ rw quiet\n' \
+  > boot/loader/entries/arch-linux-lts.conf
+umount boot
+touch "$scratch/ready"
+while :; do sleep 1000 & wait $!; done
+"""
+# What the firmware and systemd-boot do, as far as it matters here: prints the entry, the kernel's version and the root.
+BOOT = r"""
+set -euo pipefail
+cd "$scratch"
+! mountpoint -q sys || umount --recursive sys
+rm -rf esp; mkdir esp
+mount -o loop images/esp esp
+entry=$(sed -n 's/^default //p' esp/loader/loader.conf)
+if [[ -e state/oneshot ]]; then entry=$(< state/oneshot); rm state/oneshot; fi
+of() { sed -n "s/^$1 //p" "esp/loader/entries/$entry"; }
+kernel=$(< "esp$(of linux)") initramfs=$(< "esp$(of initrd)") options=$(of options)
+umount esp
+flags=${options##*rootflags=} flags=${flags%% *}
+mount -t btrfs -o "loop,$flags" images/disk sys
+mount -t btrfs -o loop,subvol=/@snapshots images/disk sys/.snapshots
+mount --bind root/usr sys/usr
+mount --bind sys/modules sys/usr/lib/modules
+mount --bind /dev sys/dev
+mount -t proc proc sys/proc
+mount -t tmpfs tmpfs sys/run
+mount --bind state sys/tmp
+mount -o loop images/esp sys/boot
+[[ -d sys/modules/$kernel && $initramfs == "$kernel" ]] || { echo "kernel $kernel, initramfs $initramfs, modules $(ls sys/modules)"; exit 1; }
+echo "$entry $kernel $(findmnt --noheadings --output FSROOT sys)"
+"""
+SYSTEMCTL = """#!/bin/bash
+case $* in *is-active*) exit 0 ;; *) echo "$*" >> /run/systemctl ;; esac
+"""
+MKINITCPIO = """#!/bin/bash
+[[ ! -e /tmp/cut-in-hook ]] || { rm /tmp/cut-in-hook; kill -KILL 0; }
+for base in /usr/lib/modules/*/pkgbase; do
+  version=${base%/*}
+  cp "${base%/*}/vmlinuz" "/boot/vmlinuz-$(< "$base")"
+  echo "${version##*/}" > "/boot/initramfs-$(< "$base").img"
+done
+"""
+BOOTCTL = """#!/bin/bash
+[[ ! -e /tmp/no-variables ]] || { echo 'Failed to access EFI variables' >&2; exit 1; }
+[[ $1 == set-oneshot ]] && echo "$2" > /tmp/oneshot
+"""
+IP = "#!/bin/bash\necho default via 10.0.0.1\n"
+PUBLISH = r"""
+cat > /etc/pacman.conf <<'CONF'
+[options]
+Architecture = auto
+SigLevel = Never
+[own]
+Include = /etc/pacman.d/mirrorlist
+CONF
+echo 'Server = file:///tmp/repos/DAY/own' > /etc/pacman.d/mirrorlist
+mkdir -p /etc/pacman.d/hooks /tmp/repos/DAY/own
+cat > /etc/pacman.d/hooks/90-kernel.hook <<'HOOK'
+[Trigger]
+Operation = Install
+Operation = Upgrade
+Type = Path
+Target = usr/lib/modules/*/vmlinuz
+[Action]
+When = PostTransaction
+Exec = /usr/local/bin/mkinitcpio --allpresets
+HOOK
+for name in linux-lts other; do
+  folder=/run/build-$name-VERSION
+  mkdir -p "$folder/usr/lib/modules/VERSION"
+  if [[ $name == linux-lts ]]; then
+    echo VERSION > "$folder/usr/lib/modules/VERSION/vmlinuz"; echo linux-lts > "$folder/usr/lib/modules/VERSION/pkgbase"
+  fi
+  printf '%s\n' "pkgname = $name" "pkgbase = $name" 'pkgver = VERSION-1' 'pkgdesc = x' 'builddate = 1' 'size = 1' 'arch = any' > "$folder/.PKGINFO"
+  bsdtar -C "$folder" -cf "/tmp/repos/DAY/own/$name-VERSION-1-any.pkg.tar" .PKGINFO usr
+done
+rm -f /tmp/repos/DAY/own/own.db*
+repo-add --quiet /tmp/repos/DAY/own/own.db.tar.gz /tmp/repos/DAY/own/*-VERSION-1-any.pkg.tar > /dev/null 2>&1
+"""
+# Before the command of that number, in whatever shell of the script, all of it is dead.
+CUT = r"""
+echo 0 > /run/commands
+cut() { local n; read -r n < /run/commands; echo $((n + 1)) > /run/commands; ((n + 1 != CUT)) || kill -KILL 0; }
+set -T
+trap cut DEBUG
+"""
+
+
+@dataclass
+class Booted:
+    entry: str
+    kernel: str
+    root: str
+
+
+class Cut(Exception):
+    """The power was cut in the middle of a script."""
+
+
+class Box:
+    """A machine with a disk. It has of a Host what update and rollback use."""
+
+    system, address = "installed", "box"
+
+    def __init__(self, lower: Path, folder: Path) -> None:
+        self.scratch = folder / "scratch"
+        self.scratch.mkdir()
+        values = {"scratch": self.scratch, "lower": lower, "systemctl": SYSTEMCTL, "mkinitcpio": MKINITCPIO, "bootctl": BOOTCTL, "ip": IP}  # fmt: skip
+        assigned = "".join(f"{name}={quote(str(value))}\n" for name, value in values.items())
+        alone = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
+        self.holder = subprocess.Popen([*alone, "bash", "-c", assigned + SETUP], stdin=subprocess.DEVNULL)
+        children = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children")
+        wait_for(lambda: bool(children.read_text().split()), "the namespaces")
+        self.init = int(children.read_text().split()[0])
+        wait_for(self.is_ready, "the disk")
+        self.cut_at = 0
+        self.commands = 0
+        self.said: list[str] = []
+
+    def is_ready(self) -> bool:
+        assert self.holder.poll() is None, "the disk was not made"
+        return Path(f"/proc/{self.init}/root{self.scratch}/ready").exists()
+
+    def enter(self, argv: Sequence[str], script: str) -> subprocess.CompletedProcess[str]:
+        words = ["nsenter", "-t", str(self.init), "-m", "-p", *argv]
+        return subprocess.run(words, input=script, capture_output=True, text=True, start_new_session=True)
+
+    def inside(self, script: str) -> subprocess.CompletedProcess[str]:
+        clean = ["env", "-i", "PATH=/usr/local/bin:/usr/bin", "HOME=/root", "LC_ALL=C.UTF-8"]
+        return self.enter(["chroot", f"{self.scratch}/sys", *clean, "bash", "--norc", "-euo", "pipefail", "-s"], script)  # fmt: skip
+
+    def boot(self) -> Booted:
+        """What boots now. It fails where the root lacks the kernel's modules."""
+        done = self.enter(["bash"], f"scratch={self.scratch}\n{BOOT}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return Booted(*done.stdout.split())
+
+    def publish(self, version: str, day: str = "now") -> None:
+        done = self.inside(PUBLISH.replace("VERSION", version).replace("DAY", day))
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def do(self, script: str) -> str:
+        done = self.inside(script)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    # Of a Host
+
+    def look(self, script: str, *, deadline_s: float = 0) -> Result:
+        done = self.inside(script)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return Result(0, done.stdout, done.stderr)
+
+    def run(self, script: str, *, deadline_s: float = 0) -> Result:
+        return self.look(script)
+
+    def run_unit(self, unit: str, script: str, *, on_line: Callable[[str], None], deadline_s: float) -> int:
+        if self.cut_at:
+            script = CUT.replace("CUT)", f"{self.cut_at})") + script
+        done = self.inside(script)
+        for line in done.stdout.splitlines():
+            on_line(line)
+        self.said = done.stdout.splitlines()
+        if done.returncode == -signal.SIGKILL:
+            raise Cut
+        return done.returncode
+
+    def close(self) -> None:
+        os.kill(self.init, signal.SIGKILL)
+        self.holder.wait(10)
+
+
+@pytest.fixture
+def box(lower: Path, tmp_path: Path, mocker: MockerFixture, live: Facts) -> Iterator[Box]:
+    """Version 1 is installed. The flow around the Steps is the real one, but for the probes of real hardware."""
+    box = Box(lower, tmp_path)
+
+    def facts(host: Box) -> Facts:
+        root = box.do("findmnt --noheadings --output FSROOT /").strip()
+        return replace(live, system="installed", owner="gpu1", subvolume=root)
+
+    def restart(*_: object, **__: object) -> Box:
+        box.boot()
+        if box.do(
+            f"[[ ! -e {UPDATING} || ! -e /etc/systemd/system/metal-settle-update.service ]] || cat /var/lib/metal-to-model/settle"
+        ):
+            box.do("bash -euo pipefail /var/lib/metal-to-model/settle")  # as systemd would
+        return box
+
+    mocker.patch("provision.update.gather_facts", side_effect=facts)
+    mocker.patch("provision.update.reboot_and_find", side_effect=restart)
+    mocker.patch("provision.update.wanted_packages", return_value=("linux-lts", "other"))
+    mocker.patch("provision.update.converge", side_effect=lambda machine, facts, *_: facts)
+    mocker.patch("provision.update.prove")
+    try:
+        first = f"{box.scratch}/top/@"
+        packages = PUBLISH.replace("VERSION", "1").replace("DAY", "now")
+        mounts = f"cd {first}; mount --bind {box.scratch}/root/usr usr; mount --bind modules usr/lib/modules; mount --bind /dev dev; mount -t proc proc proc; mount -t tmpfs tmpfs run; mount --bind {box.scratch}/state tmp; mount -o loop {box.scratch}/images/esp boot"
+        install = f"{packages}\npacman -Sy --noconfirm linux-lts other > /dev/null"
+        done = box.enter(
+            ["bash"],
+            f"set -e\n{mounts}\nchroot . env -i PATH=/usr/local/bin:/usr/bin bash -euc {quote(install)}\numount boot tmp run proc dev usr/lib/modules usr",
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert box.boot() == Booted("arch-linux-lts.conf", "1", "/@")
+        yield box
+    finally:
+        box.close()
+
+
+def machine_with(folder: Path, filesystem: str) -> Machine:
+    machine = wish(folder, '[mirror]\narchive = "file:///tmp/archive"\n')
+    return replace(machine, disk=replace(machine.disk, filesystem=filesystem))
+
+
+@pytest.fixture
+def btrfs(tmp_path: Path) -> Machine:
+    return machine_with(tmp_path / "own", "btrfs")
+
+
+def update(box: Box, machine: Machine, *, restart: bool = True) -> None:
+    update_machine(machine, box, Path("pins"), Console(quiet=True), restart=restart)  # type: ignore[arg-type]
+
+
+def rollback(box: Box, machine: Machine) -> None:
+    rollback_machine(machine, box, Path("pins"), Console(quiet=True))  # type: ignore[arg-type]
+
+
+def test_an_update_and_back(box: Box, btrfs: Machine) -> None:
+    box.publish("2")
+    box.do("echo old > /etc/setting")
+    update(box, btrfs)
+    assert box.boot() == Booted("arch-linux-lts.conf", "2", "/@")
+    assert (
+        box.do(f"pacman -Q; cat /boot/{BEFORE}/vmlinuz-linux-lts; ls {UPDATING} 2> /dev/null || true")
+        == "linux-lts 2-1\nother 2-1\n1\n"
+    )
+    box.do("echo new > /etc/setting")
+    rollback(box, btrfs)
+    assert box.boot() == Booted("arch-linux-lts.conf", "1", "/@")
+    assert box.do("pacman -Q; cat /etc/setting /.snapshots/rolled-back/etc/setting; ls /boot/loader/entries; cat /boot/loader/loader.conf").splitlines() == [
+        "linux-lts 1-1", "other 1-1", "old", "new", "arch-linux-lts.conf", "default arch-linux-lts.conf", "timeout 3", "editor no",
+    ]  # fmt: skip
+    with pytest.raises(ProvisionError, match="nothing to go back to"):
+        rollback(box, btrfs)
+    update(box, btrfs)  # once more, over what the rollback left
+    assert box.boot() == Booted("arch-linux-lts.conf", "2", "/@")
