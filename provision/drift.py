@@ -10,6 +10,7 @@ from shlex import join, quote
 from provision.errors import ProvisionError
 from provision.facts import Facts, split_sections
 from provision.machine import Machine
+from provision.snapshot import BEFORE, UPDATING
 from provision.steps import Step
 from provision.system.aur import BUILDER
 from provision.system.gpu import driver_of
@@ -31,6 +32,8 @@ section failed; systemctl list-units --failed --plain --no-legend 2> /dev/null |
 section enabled; systemctl list-unit-files --state=enabled --plain --no-legend 2> /dev/null | awk '$3 == "disabled" { print $1 }'
 section accounts; awk -F: '$3 >= 1000 && $3 < 60000 { print $1 }' /etc/passwd
 section upgraded; sed -n 's/^\[\([0-9-]*\)T.*starting full system upgrade$/\1/p' /var/log/pacman.log 2> /dev/null | tail -n 1
+section before; sed -n 's/^title //p' "/boot/loader/entries/$before.conf" 2> /dev/null
+section updating; cat "$updating" 2> /dev/null
 section end
 """
 
@@ -48,6 +51,8 @@ class Extras:
     enabled: tuple[str, ...]  # units that somebody enabled
     accounts: tuple[str, ...]
     upgraded: str  # day of the last full upgrade, as 2026-11-23; "" where pacman's log does not say
+    before: str  # what a rollback goes back to: title of its boot entry; "" where there is none
+    updating: str  # day of an update that was not finished
 
 
 def wanted_packages(machine: Machine, facts: Facts, steps: Sequence[Step]) -> tuple[str, ...]:
@@ -65,7 +70,7 @@ def from_the_aur(machine: Machine, facts: Facts) -> list[str]:
 def render_look(machine: Machine, facts: Facts, steps: Sequence[Step]) -> str:
     """The script whose output `parse_extras` reads."""
     wanted = join(wanted_packages(machine, facts, steps))
-    values = f"wanted={quote(wanted)} groups={quote(join(machine.system.groups))}\n"
+    values = f"wanted={quote(wanted)} groups={quote(join(machine.system.groups))} before={BEFORE} updating={UPDATING}\n"
     return f"set +eo pipefail\n{values}{LOOK}"
 
 
@@ -86,10 +91,12 @@ def parse_extras(machine: Machine, facts: Facts, steps: Sequence[Step], text: st
         enabled=tuple(
             unit
             for unit in seen["enabled"]
-            if unit.rpartition(".")[0] not in scripts and not unit.startswith("metal-run-")
+            if unit.rpartition(".")[0] not in scripts and not unit.startswith("metal-")
         ),
         accounts=tuple(name for name in seen["accounts"] if name not in known),
         upgraded="".join(seen["upgraded"]),
+        before="".join(seen["before"]),
+        updating="".join(seen["updating"]),
     )
 
 
@@ -103,6 +110,10 @@ def render_extras(extras: Extras) -> str:
         lines += [f"Failed units: {' '.join(extras.failed)}", f"      systemctl status {extras.failed[0]}"]
     if extras.upgraded:
         lines.append(f"Packages were last upgraded on {extras.upgraded}.")
+    if extras.before:
+        lines.append(f"What `rollback` goes back to: {extras.before}.")
+    if extras.updating:
+        lines.append(f"The update of {extras.updating} was not finished: `update` goes on with it.")
     return "\n".join(lines)
 
 

@@ -263,6 +263,9 @@ if [[ $(number "$top{ROOT}") != "$wanted" ]]; then
   [[ $(number "$top/@snapshots/{BEFORE}") == "$wanted" ]] || {{ echo "/.snapshots/{BEFORE} is not the snapshot that $entry names"; exit 1; }}
   choose {BEFORE}  # by its number: it boots under whatever name
   if [[ -e $top{ROOT} ]]; then
+    btrfs subvolume list -o "$top{ROOT}" | sed 's/.* path @//' | while read -r inner; do
+      [[ -z $(ls -A "$top{ROOT}$inner") ]] || echo "a subvolume of its own, in no snapshot, stays in /.snapshots/{ROLLED_BACK}$inner"
+    done
     delete "$top/@snapshots/{ROLLED_BACK}"
     mv -T "$top{ROOT}" "$top/@snapshots/{ROLLED_BACK}"
     btrfs filesystem sync "$top"

@@ -15,7 +15,7 @@ from provision.errors import ProvisionError
 from provision.facts import Facts
 from provision.flow import converge, show_plan
 from provision.machine import Machine
-from provision.steps import File, Plan, Planned, make_plan, render_plan
+from provision.steps import STATE, File, Plan, Planned, make_plan, render_plan
 from provision.system import system
 from provision.system.base import keys_of
 from tests.provision.conftest import KEY
@@ -61,8 +61,16 @@ def seen(tmp_path: Path, live: Facts) -> Extras:
         "root:x:0:0::/:/bin/sh\nml:x:1000:1000::/:/\nguest:x:1001:1::/:/\nnobody:x:65534:1::/:/\n"
     )
     (tmp_path / "log").write_text(LOG)
+    (tmp_path / "before-update.conf").write_text("title Arch Linux, as it was\nlinux /x\n")
+    (tmp_path / "updating").write_text("2026-11-04\n")
     script = render_look(machine, facts, steps)
-    for path, here in (("/var/log/pacman.log", "log"), ("find /etc", "etc"), ("/etc/passwd", "etc/passwd")):
+    for path, here in (
+        ("/var/log/pacman.log", "log"),
+        ("find /etc", "etc"),
+        ("/etc/passwd", "etc/passwd"),
+        ("/boot/loader/entries", ""),
+        (STATE, ""),
+    ):
         assert path in script
         script = script.replace(path, f"{'find ' if path.startswith('find') else ''}{tmp_path}/{here}")
     done = subprocess.run(["bash", "-c", STANDIN + script], capture_output=True, text=True, check=True)
@@ -80,14 +88,24 @@ def test_what_no_machine_file_names_is_told_apart(seen: Extras, tmp_path: Path) 
         enabled=("mine.timer",),
         accounts=("guest",),
         upgraded="2026-11-03",
+        before="Arch Linux, as it was",
+        updating="2026-11-04",
     )
 
 
 def test_a_person_reads_what_it_is_and_what_to_do(seen: Extras) -> None:
     text = render_extras(seen)
-    for said in ("once: old-tool", "by hand: by-hand", "sudo pacman -Rns", "x.service", "on 2026-11-03"):
+    for said in (
+        "once: old-tool",
+        "by hand: by-hand",
+        "sudo pacman -Rns",
+        "x.service",
+        "on 2026-11-03",
+        "goes back to: Arch Linux, as it was",
+        "update of 2026-11-04 was not finished",
+    ):
         assert said in text
-    nothing = Extras(*[()] * 8, upgraded="")  # type: ignore[arg-type]
+    nothing = Extras(*[()] * 8, upgraded="", before="", updating="")  # type: ignore[arg-type]
     assert render_extras(nothing) == ""
     assert "In no machine file" not in render_extras(replace(nothing, failed=("x.service",)))
 

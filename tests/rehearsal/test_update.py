@@ -76,6 +76,7 @@ kernel=$(< "esp$(of linux)") initramfs=$(< "esp$(of initrd)") options=$(of optio
 umount esp
 flags=${options##*rootflags=} flags=${flags%% *}
 mount -t btrfs -o "loop,$flags" images/disk sys
+mount -o remount,rw,noatime,compress=zstd:1,subvol=/@ sys  # as of fstab, of whatever subvolume it is
 mount -t btrfs -o loop,subvol=/@snapshots images/disk sys/.snapshots
 mount --bind root/usr sys/usr
 mount --bind sys/modules sys/usr/lib/modules
@@ -171,8 +172,9 @@ class Box:
         wait_for(lambda: bool(children.read_text().split()), "the namespaces")
         self.init = int(children.read_text().split()[0])
         wait_for(self.is_ready, "the disk")
-        self.cut_at = 0
-        self.commands = 0
+        self.cut_at = (
+            0  # the number of the command, over all scripts, before which the power goes; 0 = it does not
+        )
         self.said: list[str] = []
 
     def is_ready(self) -> bool:
@@ -216,6 +218,8 @@ class Box:
         if self.cut_at:
             script = CUT.replace("CUT)", f"{self.cut_at})") + script
         done = self.inside(script)
+        if self.cut_at and done.returncode != -signal.SIGKILL:
+            self.cut_at = max(0, self.cut_at - int(self.do("cat /run/commands")))
         for line in done.stdout.splitlines():
             on_line(line)
         self.said = done.stdout.splitlines()
@@ -282,6 +286,154 @@ def update(box: Box, machine: Machine, *, restart: bool = True) -> None:
 
 def rollback(box: Box, machine: Machine) -> None:
     rollback_machine(machine, box, Path("pins"), Console(quiet=True))  # type: ignore[arg-type]
+
+
+def as_told(box: Box, machine: Machine, task: Callable[[Box, Machine], None]) -> None:
+    """The same command again, and what it says to type where it says no."""
+    for _ in range(4):
+        try:
+            return task(box, machine)
+        except ProvisionError as error:
+            if "rollback" not in error.hint:
+                raise
+            rollback(box, machine)
+    raise AssertionError("it never came to an end")
+
+
+def cut_at(box: Box, machine: Machine, number: int, task: Callable[[Box, Machine], None]) -> bool:
+    """Cut before that command of the task; False where it has no so many. Then it boots, and is gone on with."""
+    box.cut_at = number
+    try:
+        task(box, machine)
+    except Cut:
+        box.cut_at = 0
+        box.boot()
+        return True
+    assert box.cut_at, "there was no cut"
+    box.cut_at = 0
+    return False
+
+
+def cuts(box: Box, machine: Machine, numbers: Sequence[int]) -> int:
+    """Cut an update, and then the rollback of one, before each of these commands; how many there were."""
+    version, made = 1, 0
+    for number in numbers:
+        version += 1
+        box.publish(str(version))
+        cut = cut_at(box, machine, number, update)
+        as_told(box, machine, update)
+        assert box.boot() == Booted("arch-linux-lts.conf", str(version), "/@"), number
+        kept = box.do(f"cat /boot/{BEFORE}/vmlinuz-linux-lts").strip()
+        back = cut_at(box, machine, number, rollback)
+        if back and box.do("ls /boot/loader/entries").split() == ["arch-linux-lts.conf"]:
+            assert box.boot().kernel == kept  # it was through
+        elif back:
+            rollback(box, machine)
+        assert box.boot() == Booted("arch-linux-lts.conf", kept, "/@"), number
+        made += cut + back
+        if not (cut or back):
+            break
+    return made
+
+
+def test_wherever_the_power_goes_it_boots_and_goes_on(box: Box, btrfs: Machine) -> None:
+    assert cuts(box, btrfs, [20, 45]) >= 3
+
+
+def test_the_power_goes_between_the_modules_and_their_kernel(box: Box, btrfs: Machine) -> None:
+    """As on every Arch: pacman has put the new modules in, and the ESP still has the old kernel."""
+    box.publish("2")
+    box.do("touch /tmp/cut-in-hook")
+    with pytest.raises(Cut):
+        update(box, btrfs)
+    assert box.boot() == Booted(f"{BEFORE}.conf", "1", f"/@snapshots/{BEFORE}")
+    with pytest.raises(ProvisionError, match="runs the snapshot") as caught:
+        update(box, btrfs)
+    assert "rollback" in caught.value.hint
+    rollback(box, btrfs)
+    assert box.boot() == Booted("arch-linux-lts.conf", "1", "/@")
+    update(box, btrfs)
+    assert box.boot() == Booted("arch-linux-lts.conf", "2", "/@")
+
+
+def test_an_update_that_does_not_come_up_is_followed_by_the_old_system(
+    box: Box, btrfs: Machine, mocker: MockerFixture
+) -> None:
+    """It hangs at its first boot, a person switches it off and on: no entry needs to be chosen."""
+    box.publish("2")
+
+    def hang(*_: object, **__: object) -> Box:
+        assert box.boot() == Booted("arch-linux-lts.conf", "2", "/@")
+        assert box.boot() == Booted(f"{BEFORE}.conf", "1", f"/@snapshots/{BEFORE}")
+        return box
+
+    mocker.patch("provision.update.reboot_and_find", side_effect=hang)
+    with pytest.raises(ProvisionError, match="did not come up") as caught:
+        update(box, btrfs)
+    assert "fab -H gpu1 rollback" in caught.value.hint
+    rollback(box, btrfs)
+    assert box.boot() == Booted("arch-linux-lts.conf", "1", "/@")
+
+
+def test_a_firmware_without_variables_boots_the_update(box: Box, btrfs: Machine) -> None:
+    box.publish("2")
+    box.do("touch /tmp/no-variables")
+    update(box, btrfs)
+    assert box.boot() == Booted("arch-linux-lts.conf", "2", "/@")
+
+
+def test_a_mirror_that_is_away_changes_nothing(box: Box, btrfs: Machine) -> None:
+    box.do("rm -r /tmp/repos")
+    with pytest.raises(ProvisionError, match="No package was changed") as caught:
+        update(box, btrfs)
+    assert "fab -H gpu1 update" in caught.value.hint
+    assert box.boot() == Booted("arch-linux-lts.conf", "1", "/@")
+    box.publish("2")
+    update(box, btrfs)
+    assert box.boot() == Booted("arch-linux-lts.conf", "2", "/@")
+
+
+def test_a_subvolume_that_somebody_uses_is_not_deleted_with_the_system_around_it(
+    box: Box, btrfs: Machine
+) -> None:
+    box.publish("2")
+    box.do(
+        "btrfs subvolume create /var/lib/machines; btrfs subvolume create /var/lib/boxes; touch /var/lib/boxes/a"
+    )
+    update(box, btrfs)
+    rollback(box, btrfs)
+    assert "in no snapshot, stays in /.snapshots/rolled-back/var/lib/boxes" in "\n".join(box.said)
+    with pytest.raises(ProvisionError, match="boxes is a subvolume that holds something"):
+        update(box, btrfs)
+    box.do("btrfs subvolume delete /.snapshots/rolled-back/var/lib/boxes")
+    update(box, btrfs)
+    assert box.boot() == Booted("arch-linux-lts.conf", "2", "/@")
+
+
+def test_a_full_esp_is_said_before_anything_is_changed(box: Box, btrfs: Machine) -> None:
+    box.do("dd if=/dev/zero of=/boot/film bs=1M status=none 2> /dev/null || true")
+    with pytest.raises(ProvisionError, match="a second set of kernels needs"):
+        update(box, btrfs)
+    assert box.boot() == Booted("arch-linux-lts.conf", "1", "/@")
+
+
+def test_without_snapshots_the_archive_has_the_packages_of_that_day(box: Box, tmp_path: Path) -> None:
+    """Of the archive there is here one day of a repository, by its real addresses but for the server."""
+    ext4 = machine_with(tmp_path / "own", "ext4")
+    day = box.do("date --utc --reference /var/lib/pacman/sync/own.db +%Y/%m/%d").strip()
+    box.do(
+        f"mkdir -p /tmp/archive/repos/{day}/own/os; cp -r /tmp/repos/now/own /tmp/archive/repos/{day}/own/os/x86_64"
+    )
+    box.publish("2")
+    update(box, ext4)
+    assert box.boot() == Booted("arch-linux-lts.conf", "2", "/@")
+    rollback(box, ext4)
+    assert box.boot() == Booted("arch-linux-lts.conf", "1", "/@")
+    assert box.do("pacman -Q; cat /etc/pacman.d/mirrorlist").splitlines() == [
+        "linux-lts 1-1", "other 1-1", "Server = file:///tmp/repos/now/own",
+    ]  # fmt: skip
+    with pytest.raises(ProvisionError, match="nothing to go back to"):
+        rollback(box, ext4)
 
 
 def test_an_update_and_back(box: Box, btrfs: Machine) -> None:
