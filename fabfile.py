@@ -8,6 +8,7 @@ from invoke.context import Context
 from invoke.tasks import task
 
 from provision import fetch, flow, inspection, jobs, status
+from provision import update as updating
 from provision import watch as watching
 from provision.apply import gather_facts
 from provision.console import about, at, dial, here, key_files, load, named, pins, readable
@@ -35,9 +36,31 @@ def provision(c: Context, wipe: str = "", fingerprint: str = "", address: str = 
 
 @task(help=about("fingerprint", "address"))
 def plan(c: Context, fingerprint: str = "", address: str = "") -> None:
-    """Show what provision would do, and what it would destroy. Changes nothing."""
+    """Show what provision would do and what it would destroy; what drifted, what is in no machine file. Changes nothing."""
     with at(c, fingerprint, address) as (host, machine, to):
         flow.show_plan(machine, host, to.console)
+
+
+@task(help=about("restart", "sweep", "address"))
+def update(c: Context, restart: bool = False, sweep: bool = False, address: str = "") -> None:
+    """Upgrade all packages; restart if kernel or driver changed; verify. What it was before is kept for rollback.
+
+    Not while a run is at work. Run it again after any failure, and do what it says if it says no.
+    """
+    with at(c, address=address) as (host, machine, to):
+        updating.update_machine(
+            machine, host, pins(), to.console, to.ask, sweep=sweep, restart=restart
+        ).close()
+
+
+@task(help=about("sweep", "address"))
+def rollback(c: Context, sweep: bool = False, address: str = "") -> None:
+    """Go back to before the last update: to its snapshot (btrfs), else to the archive's packages of that day.
+
+    A snapshot takes all but /home, logs and training runs back. What was the system stays in /.snapshots/rolled-back.
+    """
+    with at(c, address=address) as (host, machine, to):
+        updating.rollback_machine(machine, host, pins(), to.console, to.ask, sweep=sweep).close()
 
 
 @task(positional=["name"], help={"name": "of the machine", "out": "the image; by default NAME-seed.iso"})
