@@ -207,7 +207,7 @@ if ((count < 2)); then echo "one card, alone"; exit; fi
 export OMP_NUM_THREADS=1  # or torchrun says that it chose that
 {python} -m torch.distributed.run --standalone --nproc-per-node "$count" "$scratch/together.py" > "$scratch/said" 2> "$scratch/errors" || {{
   # Of torchrun's many lines those that name a reason.
-  grep -hE 'Error|NCCL WARN|error' "$scratch/errors" "$scratch/said" | grep -v ChildFailedError | tail -n 3
+  grep -hE 'Error|NCCL WARN|Watchdog' "$scratch/errors" "$scratch/said" | grep -vE 'ChildFailedError|error_file' | tail -n 3
   exit 1
 }}
 cat "$scratch/said\"""",

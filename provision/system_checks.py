@@ -93,7 +93,8 @@ echo "$default, and $(ls loader/entries | wc -l) in all\""""
 def fstab(path: str = "/etc/fstab") -> Check:
     """It is right, and what it names is mounted or, if it is swap, in use."""
     script = f"""wrong=
-said=$(findmnt --verify --tab-file {quote(path)} 2>&1) || {{ wrong=yes; grep -E '\\[E\\]|parse error' <<< "$said"; }}
+said=$(findmnt --verify --tab-file {quote(path)} 2>&1) || {{ wrong=yes; awk '/parse error at/ {{ print $0 ";" }}
+/^[^ ]/ {{ place = $0 }} /\\[E\\]/ {{ sub(/^ *\\[E\\] */, ""); print place ": " $0 ";" }}' <<< "$said"; }}
 place() {{ case $1 in
   UUID=*) echo "/dev/disk/by-uuid/${{1#*=}}" ;; PARTUUID=*) echo "/dev/disk/by-partuuid/${{1#*=}}" ;;
   LABEL=*) echo "/dev/disk/by-label/${{1#*=}}" ;; *) echo "$1" ;;
@@ -119,7 +120,7 @@ echo "$count entries, all in use"\
         f"On the machine, findmnt --verify says more; {MEND}.",
         (
             (
-                "parse error",
+                "parse error at",
                 "A line cannot be read; whatever stands below it is still mounted, a reboot may end in emergency mode. "
                 + MEND
                 + ".",
@@ -228,7 +229,8 @@ def free_space(least: dict[str, int] | None = None) -> Check:
         f"""wrong= told=
 set -- {wanted}
 while (($#)); do
-  read -r left nodes there <<< "$(df --block-size=1M --output=avail,iavail,itotal "$1" | tail -n 1)"
+  read -r left nodes there <<< "$(df --block-size=1K --output=avail,iavail,itotal "$1" | tail -n 1)"
+  left=$((left / 1024))
   told+="$1 $left MiB; "
   if ((left < $2)); then wrong+="$1 has $left MiB left, and needs $2; "; fi
   if [[ $there == [1-9]* ]] && ((nodes < 1000)); then wrong+="$1 has room for $nodes more files; "; fi

@@ -19,7 +19,9 @@ FAB = Path(sys.executable).with_name("fab")
 __all__ = ["sshd"]
 
 
-def fab(folder: Path, *arguments: str, answers: str = "") -> subprocess.CompletedProcess[str]:
+def fab(
+    folder: Path, *arguments: str, answers: str = "", cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "METAL_MACHINES": str(folder),
@@ -28,8 +30,8 @@ def fab(folder: Path, *arguments: str, answers: str = "") -> subprocess.Complete
     }
     environment.pop("SSH_AUTH_SOCK", None)
     return subprocess.run(
-        [str(FAB), *arguments],
-        cwd=ROOT,
+        [str(FAB), "--search-root", str(ROOT), *arguments],
+        cwd=cwd,
         env=environment,
         input=answers,
         capture_output=True,

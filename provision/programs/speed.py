@@ -28,10 +28,13 @@ def count_cards() -> int:
 
 def start(source: str, steps: str, card: int | None, errors: TextIO) -> "subprocess.Popen[str]":
     chosen = {} if card is None else {"CUDA_VISIBLE_DEVICES": str(card)}
-    environment = {**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PYTHONPATH": source, **chosen}
+    environment = {**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", **chosen}
     what = ON_PROCESSOR if card is None else ON_CARDS
     argv = [sys.executable, "-m", "workload", "bench", *what, "--steps", steps, "--tokens", "2", "--json"]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+    # From there, for Python looks for the package where it is before it looks anywhere else.
+    return subprocess.Popen(
+        argv, cwd=source, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+    )
 
 
 def judge(card: int | None, result: dict[str, Any]) -> tuple[list[str], bool]:
