@@ -13,8 +13,9 @@ from provision import watch as watching
 from provision.apply import gather_facts
 from provision.console import about, at, dial, here, key_files, load, named, pins, readable
 from provision.find import unlock_machine
-from provision.machine import known_machines, load_stranger, machines_folder
+from provision.machine import known_machines, load_machine, load_stranger, machines_folder
 from provision.parallel import Executor, screen
+from provision.rehearsal import bed, loop
 from provision.seed import describe_seed, load_keys, save_seed
 from provision.system.inventory import describe_disks
 from provision.verify import verify_machine
@@ -63,11 +64,27 @@ def rollback(c: Context, sweep: bool = False, address: str = "") -> None:
         updating.rollback_machine(machine, host, pins(), to.console, to.ask, sweep=sweep).close()
 
 
+@task(positional=["name"], help={
+    "name": "of the machine", "resume": "go on after what was done, on the same disks",
+    "cold": "boot from the firmware, not from a saved state", "keep": "leave it on at the end, until Ctrl-C",
+})  # fmt: skip
+def rehearse(c: Context, name: str, resume: bool = False, cold: bool = False, keep: bool = False) -> None:
+    """Provision a virtual machine with the disks of machines/NAME.toml, as that file says. Needs no -H, and no machine.
+
+    Change the file, rehearse, then provision the real one. The first rehearsal builds what all need, in minutes.
+    """
+    with readable():
+        machine = load_machine(here(c, name, "rehearse"), machines_folder())
+        loop.rehearse_machine(
+            machine, bed.DEFAULT_CACHE, screen().console, resume=resume, cold=cold, keep=keep
+        )
+
+
 @task(positional=["name"], help={"name": "of the machine", "out": "the image; by default NAME-seed.iso"})
 def seed(c: Context, name: str, out: str = "") -> None:
     """Write an image that, on a stick beside the install ISO, makes it known to us and lets us in. Needs no -H."""
     with readable():
-        machine = load_stranger(here(c, name), machines_folder())
+        machine = load_stranger(here(c, name, "seed"), machines_folder())
         keys = load_keys(machine, key_files(c.config.connect_kwargs))
         made = save_seed(machine, keys, pins(), Path(out or f"{name}-seed.iso"))
         print(describe_seed(machine, made, has_file=name in known_machines(machines_folder())))

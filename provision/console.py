@@ -84,12 +84,12 @@ def named(c: Context) -> str:
     return str(c.original_host)  # and not c.host, which ~/.ssh/config may have replaced by an address
 
 
-def here(c: Context, name: str) -> str:
+def here(c: Context, name: str, task: str) -> str:
     """The name that is given to a task which works on this computer alone."""
     if isinstance(c, Connection):
         raise ProvisionError(
             "This works on this computer alone, and takes the machine's name instead of -H.",
-            f"fab seed {name}",
+            f"fab {task} {name}",
         )
     return name
 

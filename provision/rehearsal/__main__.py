@@ -1,6 +1,7 @@
 """python -m provision.rehearsal: the commands."""
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,10 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from provision.errors import ProvisionError
-from provision.machine import load_machine
+from provision.machine import load_machine, machines_folder
 from provision.rehearsal import loop, medium, tools, wheels
 from provision.rehearsal.bed import DEFAULT_CACHE, NAME, Bed, build_root_stages
 from provision.rehearsal.cache import Cache
+from provision.rehearsal.likeness import StandIns
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +33,12 @@ def main(argv: list[str]) -> int:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
-    loop.rehearse(arguments.cache, console, resume=arguments.resume, cold=arguments.cold, keep=arguments.keep)
+    how = {"resume": arguments.resume, "cold": arguments.cold, "keep": arguments.keep}
+    if arguments.machine == NAME:
+        loop.rehearse(arguments.cache, console, **how)
+    else:
+        machine = load_machine(arguments.machine, machines_folder())
+        loop.rehearse_machine(machine, arguments.cache, console, **how)
 
 
 def setup(arguments: argparse.Namespace, console: Console) -> None:
@@ -51,18 +58,22 @@ def root_stages(arguments: argparse.Namespace, console: Console) -> None:
     log = arguments.cache / "logs" / "bed-root.log"
     cache = Cache(arguments.cache.resolve(), lambda name: console.print(f"  building {name}"))
     uv = cache.stage("uv", [wheels.UV], lambda stage: wheels.build_uv(stage, log))
-    build_root_stages(cache, medium.load_keys(cache.folder / "keys", log), wheels.wheel(uv, "uv"), log)
+    keys = medium.load_keys(cache.folder / "keys", log)
+    stand_ins = StandIns(**{key: tuple(names) for key, names in json.loads(arguments.stand_ins).items()})
+    build_root_stages(cache, keys, wheels.wheel(uv, "uv"), log, stand_ins)
 
 
 def ssh(arguments: argparse.Namespace, console: Console) -> None:
     """Replaces this process by OpenSSH: to the installed system where it is pinned, else to the live one."""
-    folder = arguments.cache.resolve() / "vm" / NAME / "machines"
+    name = arguments.machine
+    folder = arguments.cache.resolve() / "vm" / (NAME if name == NAME else f"of-{name}") / "machines"
     if not folder.exists():
-        raise ProvisionError("No machine is being rehearsed.", "python -m provision.rehearsal run --keep")
-    machine = load_machine(NAME, folder)
+        command = "python -m provision.rehearsal run" if name == NAME else f"fab rehearse {name}"
+        raise ProvisionError(f"{name} is not being rehearsed.", f"{command} --keep")
+    machine = load_machine(name, folder)
     pins = folder / "known_hosts"
-    installed = pins.exists() and any(line.startswith(f"{NAME} ") for line in pins.read_text().splitlines())
-    user, alias = (machine.user.name, NAME) if installed else ("root", f"{NAME}.live")
+    installed = pins.exists() and any(line.startswith(f"{name} ") for line in pins.read_text().splitlines())
+    user, alias = (machine.user.name, name) if installed else ("root", f"{name}.live")
     options = [f"-oUserKnownHostsFile={pins}", f"-oHostKeyAlias={alias}", "-oStrictHostKeyChecking=yes"]
     argv = ["ssh", "-F", "none", "-i", machine.ssh.identity, "-p", str(machine.ssh.port), *options]
     os.execvp("ssh", [*argv, f"{user}@{machine.ssh.address}", *arguments.words])
@@ -85,6 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
         run,
         "Install, reboot, train on and fetch from a virtual machine, by the project's own commands.",
     )
+    whole.add_argument("--machine", default=NAME, help="one of yours: that is provisioned, and no more")
     whole.add_argument(
         "--resume", action="store_true", help="go on after the last phase that was done, on the same disk"
     )
@@ -92,10 +104,12 @@ def make_parser() -> argparse.ArgumentParser:
     whole.add_argument("--keep", action="store_true", help="leave the machine on at the end, until Ctrl-C")
     add("setup", setup, "Install the programs that a rehearsal and the tests need.")
     add("build", build, "Build all that a rehearsal needs, and stop before it.")
-    add("root-stages", root_stages, "Build the stages that need root. Called by the others through sudo.")
-    add("ssh", ssh, "Log in to the machine that `run --keep` left on.").add_argument(
-        "words", nargs="*", help="command"
-    )
+    add(
+        "root-stages", root_stages, "Build the stages that need root. Called by the others through sudo."
+    ).add_argument("--stand-ins", default="{}", help="as JSON")
+    shell = add("ssh", ssh, "Log in to the machine that `run --keep` left on.")
+    shell.add_argument("--machine", default=NAME, help="which, where it is one of yours")
+    shell.add_argument("words", nargs="*", help="command")
     return parser
 
 

@@ -1,19 +1,22 @@
 """The bed: everything that a rehearsed machine needs, built in order from the cache, and machines made from it."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 from provision.errors import ProvisionError
-from provision.machine import Machine, load_machine, machines_folder
+from provision.machine import PACKAGED_DEFAULTS, Machine, load_machine
 from provision.rehearsal import medium, packages, qemu, rootfs, signing, tools, wheels
 from provision.rehearsal.cache import Cache
+from provision.rehearsal.likeness import Likeness, StandIns, liken
 from provision.rehearsal.medium import Keys
 from provision.rehearsal.server import Server
 from provision.rehearsal.vm import Vm
@@ -38,19 +41,35 @@ class Parts:
 class Bed:
     """Use as a context manager: on entry the parts are built and served, on exit the server ends.
 
-    `on_build(name)` is called for each stage that is not in the cache.
+    `on_build(name)` is called for each stage that is not in the cache. `person` is the machine that is rehearsed, where
+    it is not that of machines/rehearsal.toml; `likeness` is then what the virtual machine makes of it.
     """
 
     def __init__(
-        self, folder: Path = DEFAULT_CACHE, *, on_build: Callable[[str], None] = lambda name: None
+        self,
+        folder: Path = DEFAULT_CACHE,
+        *,
+        on_build: Callable[[str], None] = lambda name: None,
+        person: Machine | None = None,
     ) -> None:
+        self.person = person
         self.folder = folder.resolve()
         self.log = self.folder / "logs" / "bed.log"
         self.cache = Cache(self.folder, on_build)
         self.stack = ExitStack()
 
     def __enter__(self) -> "Bed":
-        self.parts = build(self.cache, load_wishes(), self.log)
+        example = load_example()
+        self.likeness: Likeness | None = None
+        if self.person is None:
+            self.parts = build(self.cache, example, self.log)
+        else:
+            requirements = tuple(dict.fromkeys((*example.python.packages, *self.person.python.packages)))
+            wanted = replace(example, python=replace(example.python, packages=requirements))
+            self.parts = build(self.cache, wanted, self.log)
+            self.likeness = liken(self.person, example, packages.known_packages(self.parts.repository))
+            if self.likeness.stand_ins:
+                self.parts = build(self.cache, wanted, self.log, self.likeness.stand_ins)
         self.accelerator = choose_accelerator(self.cache, self.parts.medium / "vmlinuz-linux")
         folders = {"repository": self.parts.repository, "wheels": self.parts.wheels}
         self.server = Server(folders, self.folder / "logs" / "http.log")
@@ -147,19 +166,26 @@ class Bed:
         return done.stdout
 
     def write_machine_files(self, vm: Vm, source: Path, wishes: str = "") -> Path:
-        """The folder for METAL_MACHINES: the machine's own file, and what is true only here and now.
+        """The folder for METAL_MACHINES: that of the person, and what is true only here and now.
 
-        `wishes`, TOML, go over the machine's own file, which is then `base.toml`: another layout, another driver.
+        `wishes`, TOML, go over the machine's own file: another layout, another driver.
         """
+        name = self.person.name if self.person else NAME
+        wishes = wishes or (self.likeness.wishes if self.likeness else "")
         folder = vm.folder / "machines"
-        folder.mkdir(exist_ok=True)
-        (folder / "defaults.toml").write_bytes((source / "defaults.toml").read_bytes())
-        own = (source / f"{NAME}.toml").read_text()
+        shutil.copytree(
+            source, folder, ignore=shutil.ignore_patterns("known_hosts*", "*.local.toml"), dirs_exist_ok=True
+        )
         if wishes:
-            (folder / "base.toml").write_text(own)
-            own = f'extends = ["base"]\n\n{wishes}'
-        (folder / f"{NAME}.toml").write_text(own)
-        (folder / f"{NAME}.local.toml").write_text(
+            below = [source / f"{name}.toml", source / f"{name}.local.toml"]
+            names = []
+            for index, path in enumerate(below):
+                if path.exists():
+                    names.append(f"below-{index}")
+                    shutil.copy(path, folder / f"below-{index}.toml")
+            (folder / f"{name}.toml").write_text(f"extends = {json.dumps(names)}\n\n{wishes}")
+        local = folder / f"{name}.local.toml"
+        local.write_text(
             f'[ssh]\naddress = "{vm.ssh_address}"\nport = {vm.ssh_port}\n'
             f'identity = "{self.parts.keys.identity}"\n\n'
             f'[mirror]\nservers = ["{self.server.url("repository")}/$repo/os/$arch"]\n\n'
@@ -169,9 +195,9 @@ class Bed:
         return folder
 
 
-def load_wishes() -> Machine:
+def load_example() -> Machine:
     """machines/rehearsal.toml without what is known only when a bed runs: requirements of the environment."""
-    source = machines_folder()
+    source = PACKAGED_DEFAULTS.parent
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file in ("defaults.toml", f"{NAME}.toml"):
@@ -183,7 +209,7 @@ def load_wishes() -> Machine:
         return load_machine(NAME, folder)
 
 
-def build(cache: Cache, machine: Machine, log: Path) -> Parts:
+def build(cache: Cache, machine: Machine, log: Path, stand_ins: StandIns = StandIns()) -> Parts:  # noqa: B008
     """All stages, in order. Those that need root are built through sudo where this process is not root."""
     keys = medium.load_keys(cache.folder / "keys", log)
     uv = cache.stage("uv", [wheels.UV], lambda stage: wheels.build_uv(stage, log))
@@ -196,21 +222,21 @@ def build(cache: Cache, machine: Machine, log: Path) -> Parts:
         lambda stage: wheels.build_wheels(stage, wanted.torch, wanted.packages, index, log),
     )
     uv_wheel = wheels.wheel(uv, "uv")
-    if os.geteuid() != 0 and not has_root_stages(cache.folder, keys, uv_wheel, log):
+    if os.geteuid() != 0 and not has_root_stages(cache.folder, keys, uv_wheel, log, stand_ins):
         command = [sys.executable, "-m", "provision.rehearsal", "root-stages", "--cache", str(cache.folder)]
-        subprocess.run(["sudo", *command], check=True)
-    built_medium, repository = build_root_stages(cache, keys, uv_wheel, log)
+        subprocess.run(["sudo", *command, "--stand-ins", json.dumps(asdict(stand_ins))], check=True)
+    built_medium, repository = build_root_stages(cache, keys, uv_wheel, log, stand_ins)
     return Parts(keys, built_medium, repository, wheel_folder)
 
 
-def has_root_stages(folder: Path, keys: Keys, uv: Path, log: Path) -> bool:
+def has_root_stages(folder: Path, keys: Keys, uv: Path, log: Path, stand_ins: StandIns) -> bool:
     """True where nothing would have to be built: then nobody is asked for sudo's password."""
 
     def refuse(name: str) -> None:
         raise LookupError(name)
 
     try:
-        build_root_stages(Cache(folder, refuse), keys, uv, log)
+        build_root_stages(Cache(folder, refuse), keys, uv, log, stand_ins)
     except (
         LookupError,
         PermissionError,
@@ -219,7 +245,9 @@ def has_root_stages(folder: Path, keys: Keys, uv: Path, log: Path) -> bool:
     return True
 
 
-def build_root_stages(cache: Cache, keys: Keys, uv: Path, log: Path) -> tuple[Path, Path]:
+def build_root_stages(
+    cache: Cache, keys: Keys, uv: Path, log: Path, stand_ins: StandIns
+) -> tuple[Path, Path]:
     """(medium, repository): made from one root file system by mounts, chroots and files with owners."""
     debian = cache.stage(
         "debian",
@@ -241,6 +269,13 @@ def build_root_stages(cache: Cache, keys: Keys, uv: Path, log: Path) -> tuple[Pa
         [repository.name, Path(medium.__file__), keys.identity_line, keys.host_line],
         lambda stage: medium.build_medium(stage, dressed / "root", repository, keys, log),
     )
+    if stand_ins:
+        base = repository
+        repository = cache.stage(
+            "stand-ins",
+            [base.name, json.dumps(asdict(stand_ins))],
+            lambda stage: packages.add_stand_ins(stage, base, stand_ins, dressed / "root", key, log),
+        )
     return built_medium, repository
 
 

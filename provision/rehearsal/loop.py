@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from provision.errors import ProvisionError
-from provision.machine import machines_folder
+from provision.machine import Machine, machines_folder
 from provision.pins import fingerprint_of, parse_key
 from provision.rehearsal import tools
 from provision.rehearsal.bed import NAME, Bed
@@ -68,12 +68,10 @@ class Record:
         partial.rename(self.path)
 
 
-def load_record(path: Path) -> Record:
-    """Raises ProvisionError where there was no rehearsal."""
+def load_record(path: Path, begin: str) -> Record:
+    """Raises ProvisionError where there was no rehearsal; `begin` is how to have one."""
     if not path.exists():
-        raise ProvisionError(
-            "There is no rehearsal to go on with.", "Begin one: python -m provision.rehearsal run"
-        )
+        raise ProvisionError("There is no rehearsal to go on with.", f"Begin one: {begin}")
     return Record(path, json.loads(path.read_text()))
 
 
@@ -82,6 +80,7 @@ class Rehearsal:
 
     def __init__(self, bed: Bed, vm: Vm, console: Console, wishes: str = "") -> None:
         self.bed = bed
+        self.name = bed.person.name if bed.person else NAME
         self.wishes = wishes  # TOML over the machine's own file
         self.vm = vm
         self.console = console
@@ -108,7 +107,7 @@ class Rehearsal:
         """The machine as it was left. Where its key is pinned its disk is complete, else the medium is chosen."""
         pins = self.machines / "known_hosts"
         installed = pins.exists() and any(
-            line.startswith(f"{NAME} ") for line in pins.read_text().splitlines()
+            line.startswith(f"{self.name} ") for line in pins.read_text().splitlines()
         )
         self.vm.start(first="disk" if installed else "medium")
         self.vm.wait_for_ssh()
@@ -143,7 +142,7 @@ class Rehearsal:
 
     def fab(self, task: str, *words: str, deadline_s: float) -> None:
         """A task of the fabfile, on this machine. Raises ProvisionError with its last lines where it fails."""
-        self.run(task, fab_command(task, *words), deadline_s=deadline_s)
+        self.run(task, fab_command(task, *words, name=self.name), deadline_s=deadline_s)
 
     def run(self, name: str, argv: Sequence[str], *, deadline_s: float) -> None:
         """A command with its output shown as it comes and kept in `logs/NAME.log`; ended if the machine dies."""
@@ -166,14 +165,14 @@ class Rehearsal:
             )
 
 
-def fab_command(task: str, *words: str) -> list[str]:
+def fab_command(task: str, *words: str, name: str = NAME) -> list[str]:
     """argv for a task of this project's fabfile on the rehearsed machine, from any folder."""
     return [
         str(Path(sys.executable).with_name("fab")),
         "--search-root",
         str(PROJECT),
         "-H",
-        NAME,
+        name,
         task,
         *words,
     ]
@@ -255,22 +254,42 @@ def rehearse(folder: Path, console: Console, *, resume: bool, cold: bool, keep: 
     `resume` goes on after the last phase that was done, on the same disk; `cold` boots from the firmware
     instead of a saved state; `keep` leaves the machine on, until Ctrl-C.
     """
-    path = folder.resolve() / "vm" / NAME / "rehearsal.json"
-    record = load_record(path) if resume else Record(path)
-    phases = Phases(record, console, hint="Go on from here: python -m provision.rehearsal run --resume")
+    bed = Bed(folder, on_build=lambda name: console.print(f"  building {name}"))
+    again = "python -m provision.rehearsal run --resume"
+    tasks = ("provision", "train", "fetch", "sample")
+    go(bed, NAME, tasks, again, console, resume=resume, cold=cold, keep=keep)
+
+
+def rehearse_machine(
+    machine: Machine, folder: Path, console: Console, *, resume: bool, cold: bool, keep: bool
+) -> None:
+    """`provision` of a person's own machine, as its file has it, in a virtual machine with such disks; as `rehearse`."""
+    bed = Bed(folder, on_build=lambda name: console.print(f"  building {name}"), person=machine)
+    again = f"fab rehearse {machine.name} --resume"
+    go(bed, f"of-{machine.name}", ("provision",), again, console, resume=resume, cold=cold, keep=keep)
+
+
+def go(
+    entered: Bed, name: str, tasks: Sequence[str], again: str, console: Console, *, resume: bool, cold: bool, keep: bool
+) -> None:  # fmt: skip
+    """The phases of a rehearsal, `tasks` of them by the project's commands, of the machine in the bed's `vm/NAME`."""
+    path = entered.folder / "vm" / name / "rehearsal.json"
+    record = load_record(path, again.removesuffix(" --resume")) if resume else Record(path)
+    phases = Phases(record, console, hint=f"Go on from here: {again}")
     with ExitStack() as stack:
         try:
             with phases.run("programs"):
-                installed = tools.install_missing(folder / "logs" / "bed.log")
+                installed = tools.install_missing(entered.log)
                 console.print(f"  installed {', '.join(installed)}" if installed else "  all there")
             with phases.run("bed"):
-                bed = stack.enter_context(
-                    Bed(folder, on_build=lambda name: console.print(f"  building {name}"))
-                )
-                vm = bed.machine()
-                if not (cold or resume):
+                bed = stack.enter_context(entered)
+                alike = bed.likeness
+                vm = bed.machine(name, alike.disks, tpm=alike.tpm) if alike else bed.machine(name)
+                if not (cold or resume or vm.hardware.tpm):
                     bed.snapshot(vm.hardware)
                 console.print(f"  {bed.accelerator.name}; repository and wheels at {bed.server.url('')}")
+                for difference in alike.differences if alike else ():
+                    console.print(f"  otherwise than the machine: {escape(difference)}", soft_wrap=True)
             rehearsal = Rehearsal(bed, vm, console)
             if keep:
                 stack.callback(lambda: hold(rehearsal))
@@ -279,10 +298,10 @@ def rehearse(folder: Path, console: Console, *, resume: bool, cold: bool, keep: 
                     rehearsal.boot_again()
                 else:
                     rehearsal.boot(cold=cold)
-            for task in (rehearsal.provision, rehearsal.train, rehearsal.fetch, rehearsal.sample):
-                if not (resume and task.__name__ in record.seconds):
-                    with phases.run(task.__name__):
-                        task()
+            for task in tasks:
+                if not (resume and task in record.seconds):
+                    with phases.run(task):
+                        getattr(rehearsal, task)()
         finally:
             show_table(record, path.parent, console)
 
@@ -316,9 +335,10 @@ def hold(rehearsal: Rehearsal) -> None:
     if not rehearsal.vm.running:
         return
     variables = f"METAL_MACHINES={rehearsal.machines}"
+    which = f" --machine {rehearsal.name}" if rehearsal.bed.person else ""
     rehearsal.console.print(
         f"The machine stays on until Ctrl-C. From another terminal:\n"
-        f"  python -m provision.rehearsal ssh\n  {variables} fab -H {NAME} plan",
+        f"  python -m provision.rehearsal ssh{which}\n  {variables} fab -H {rehearsal.name} plan",
         soft_wrap=True,
         highlight=False,
     )

@@ -102,6 +102,11 @@ ABSENT = (
     "usr/lib/systemd/system-generators/zram-generator",
     "usr/lib/systemd/system/systemd-zram-setup@.service",
     "usr/share/mkinitcpio-utils",
+    "usr/bin/NetworkManager",
+    "usr/bin/nm*",
+    "usr/lib/systemd/system/NetworkManager*",
+    "usr/bin/greetd",
+    "usr/lib/systemd/system/greetd.service",
 )
 ENTRY = f"""\
 title Arch Linux install medium (stand-in)

@@ -6,14 +6,17 @@ Names are Arch's and nothing more is there: what provision asks for and Arch doe
 import json
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from provision.rehearsal import tools
+from provision.rehearsal.likeness import StandIns
 from provision.rehearsal.rootfs import KERNELS, STANDIN, STANDINS, files, in_root, kernel_version, words
 from provision.rehearsal.signing import INSTALL, keyring_files, sign
 
+IDLE = "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/usr/bin/true\n\n[Install]\nWantedBy=multi-user.target\n"
+YEARLY = "[Timer]\nOnCalendar=yearly\n\n[Install]\nWantedBy=timers.target\n"
 BUILD_DATE = 1_700_000_000  # a constant: the same inputs make the same packages
 
 
@@ -28,6 +31,7 @@ class Package:
     provides: tuple[str, ...] = ()
     conflicts: tuple[str, ...] = ()
     backup: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
     extra: Mapping[str, tuple[bytes, int]] = field(default_factory=dict)
     install: str = ""
     version: str = "1-1"
@@ -107,6 +111,15 @@ CUT = (
     Package("gptfdisk", debian=("gdisk",)),
     Package("parted", debian=("parted",)),
     Package("arch-install-scripts", debian=("arch-install-scripts",)),
+    Package("nftables", debian=("nftables", "libnftables1"), backup=("etc/nftables.conf",)),
+    Package("wpa_supplicant", "core", ("wpasupplicant",)),
+    Package("networkmanager", debian=("network-manager", "libnm0"), depends=("base", "wpa_supplicant")),
+    Package(
+        "greetd",
+        debian=("greetd",),
+        backup=("etc/greetd/config.toml",),
+        install="post_install() {\n  useradd --system --create-home --groups video greeter\n}\n",
+    ),
 )
 # What Debian calls minimal, in one package that stands for all that Arch's `base` depends on.
 SYSTEM = Package(
@@ -157,6 +170,20 @@ PREBUILT_IN = {
     "ssh.img": "mkinitcpio-dropbear",
 }
 
+# A greeter that shows nothing and waits: a terminal's is of no use without a screen.
+TUIGREET = {"usr/bin/tuigreet": (b"#!/bin/sh\nexec sleep infinity\n", 0o755)}
+DESKTOP = words("""
+    dmenu foot i3-wm i3lock i3status noto-fonts sway swaybg swayidle swaylock ttf-dejavu wmenu xorg-server xorg-xinit xorg-xrdb
+    xorg-xwayland xss-lock xterm
+""")
+REFLECTOR = {
+    "usr/lib/systemd/system/reflector.service": unit(
+        "[Service]\nType=oneshot\nExecStart=/usr/bin/reflector\n"
+    ),
+    "usr/lib/systemd/system/reflector.timer": unit(
+        "[Timer]\nOnCalendar=weekly\n\n[Install]\nWantedBy=timers.target\n"
+    ),
+}
 PACCACHE = {
     "usr/lib/systemd/system/paccache.service": unit(
         "[Service]\nType=oneshot\nExecStart=/usr/bin/paccache -r\n"
@@ -194,6 +221,10 @@ STAND_INS = (
         depends=("base", "dkms", "nvidia-utils"),
         extra={"usr/src/nvidia-1/dkms.conf": unit('PACKAGE_NAME="nvidia"\nPACKAGE_VERSION="1"\n')},
     ),
+    Package("greetd-tuigreet", depends=("base", "greetd"), extra=TUIGREET),
+    Package("reflector", extra={**standin("reflector", programs="reflector").extra, **REFLECTOR}),
+    standin("wireless-regdb", "core"),
+    *(standin(name) for name in DESKTOP),
     standin("nvidia-container-toolkit", programs="nvidia-ctk", depends="base nvidia-utils"),
     standin("cuda", programs="nvcc"),
 )
@@ -307,6 +338,7 @@ def pkginfo(package: Package, size_bytes: int) -> str:
         "provides": package.provides,
         "conflict": package.conflicts,
         "backup": package.backup,
+        "group": package.groups,
         "depend": package.depends,
     }
     lines = [f"{key} = {value}" for key, value in single.items()]
@@ -383,8 +415,55 @@ def build_repository(stage: Path, rootfs: Path, uv_wheel: Path, signing: Path, l
     for package in (BASE, keyring, *STAND_INS, nvidia_utils(), *drivers, uv(uv_wheel)):
         pack(package, (), root, stage, log)
     for repository in ("core", "extra"):
-        folder = PurePosixPath(repository, "os/x86_64")
-        names = [folder / path.name for path in sorted((stage / folder).glob("*.pkg.tar.zst"))]
-        sign(signing, stage, names, root, log)
-        places = [str("/mnt" / name) for name in (folder / f"{repository}.db.tar.gz", *names)]
-        in_root(root, ["repo-add", "--quiet", *places], log, binds={stage: "/mnt"})
+        names = sorted(path.name for path in archives(stage, repository))
+        add_to_database(stage, repository, names, root, signing, log)
+
+
+def archives(folder: Path, repository: str) -> list[Path]:
+    return list((folder / repository / "os/x86_64").glob("*.pkg.tar.zst"))
+
+
+def add_to_database(
+    stage: Path, repository: str, names: Sequence[str], root: Path, signing: Path, log: Path
+) -> None:
+    """Sign these packages of a repository and enter them into its database."""
+    folder = PurePosixPath(repository, "os/x86_64")
+    sign(signing, stage, [folder / name for name in names], root, log)
+    places = [str("/mnt" / folder / name) for name in (f"{repository}.db.tar.gz", *names)]
+    in_root(root, ["repo-add", "--quiet", *places], log, binds={stage: "/mnt"})
+
+
+def known_packages(folder: Path) -> set[str]:
+    """Names that the repositories in a folder know, also those that a package only provides."""
+    names = {path.name.rsplit("-", 3)[0] for name in ("core", "extra") for path in archives(folder, name)}
+    return names | {name for package in (SYSTEM, *CUT, MKINITCPIO) for name in package.provides}
+
+
+def do_nothing(stand_ins: StandIns, existing: Collection[str]) -> list[Package]:
+    """Packages for what a machine file names. The first brings the units that do not exist, and the groups of people."""
+    units: dict[str, tuple[bytes, int]] = {}
+    for name in sorted({*stand_ins.units} - {*existing}):
+        stem, _, kind = name.rpartition(".")
+        units[f"usr/lib/systemd/system/{stem}.service"] = unit(IDLE)
+        if kind == "timer":
+            units[f"usr/lib/systemd/system/{name}"] = unit(YEARLY)
+    made = [standin(name) for name in stand_ins.packages]
+    made += [replace(standin(f"{name}-of-the-rehearsal"), groups=(name,)) for name in stand_ins.groups]
+    if made:
+        accounts = "".join(f"  groupadd --system --force {name}\n" for name in stand_ins.accounts)
+        install = f"post_install() {{\n{accounts}}}\n" if accounts else ""
+        made[0] = replace(made[0], extra={**made[0].extra, **units}, install=install)
+    return made
+
+
+def add_stand_ins(
+    stage: Path, repository: Path, stand_ins: StandIns, root: Path, signing: Path, log: Path
+) -> None:
+    """The repository with these packages too."""
+    tools.run(["cp", "--archive", "--reflink=auto", f"{repository}/.", stage], log=log)
+    made = do_nothing(stand_ins, [path.name for path in (root / "usr/lib/systemd/system").iterdir()])
+    for package in made:
+        pack(package, (), root, stage, log)
+    wanted = {package.name for package in made}
+    names = sorted(path.name for path in archives(stage, "extra") if path.name.rsplit("-", 3)[0] in wanted)
+    add_to_database(stage, "extra", names, root, signing, log)

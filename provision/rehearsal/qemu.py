@@ -152,7 +152,10 @@ def disk_arguments(
                 device = f"ide-hd,bus=ide.{sata_port}"  # q35's own controller, one disk a port
                 sata_port += 1
         argv += ["-drive", drive]
-        argv += ["-device", f"{device},drive=disk{index},serial={disk.serial},bootindex={index + 1}"]
+        argv += [
+            "-device",
+            f"{device},drive=disk{index},serial={disk.serial.replace(',', ',,')},bootindex={index + 1}",
+        ]
     return argv
 
 

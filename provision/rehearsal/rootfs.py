@@ -39,6 +39,7 @@ DEBIAN_PACKAGES = (
     *words("dosfstools btrfs-progs xfsprogs cryptsetup-bin efibootmgr gdisk parted arch-install-scripts"),
     *words("lvm2 mdadm systemd-zram-generator dropbear-bin"),
     *words("libtss2-esys-3.0.2-0 libtss2-mu0 libtss2-rc0 libtss2-tcti-device0"),
+    *words("nftables network-manager wpasupplicant greetd"),
     # for the live medium
     *words("cloud-init"),
     # for the mkinitcpio stand-in
@@ -312,6 +313,9 @@ def write_arch_files(root: Path) -> None:
     write(root, "etc/issue", "Arch Linux \\r (\\l)\n\n")
     write(root, "etc/pacman.d/mirrorlist", f"#{ARCH_SERVER}\n")
     write(root, "usr/lib/systemd/system-preset/99-default.preset", "disable *\n")
+    write(
+        root, "etc/NetworkManager/NetworkManager.conf", "# Arch's says nothing either\n"
+    )  # Debian's asks ifupdown
 
 
 def files(root: Path) -> Iterator[str]:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from provision.facts import GpuSeen
-from provision.rehearsal.bed import load_wishes
+from provision.rehearsal.bed import load_example
 from provision.steps import Step, make_plan, parse_probes, render_apply, render_probes
 from provision.system.gpu import other_drivers
 from provision.system.legacy import HOME, RECORD, SOURCE, legacy_driver
@@ -202,7 +202,7 @@ def test_the_driver_that_conflicts_goes_first_since_pacman_would_not_remove_it(b
     failed = box.apply(steps)
     assert failed.returncode != 0
     assert "unresolvable package conflicts" in failed.stdout
-    machine = load_wishes()
+    machine = load_example()
     machine = replace(machine, gpu=replace(machine.gpu, legacy_commit=commit, driver="auto"))
     seen = SimpleNamespace(gpus=(GpuSeen("0000:01:00.0", 0x1B06),))
     steps = [*other_drivers(machine, seen), *steps]
