@@ -10,7 +10,7 @@ from shlex import join, quote
 from provision.errors import ProvisionError
 from provision.facts import Facts, split_sections
 from provision.machine import Machine
-from provision.snapshot import BEFORE, UPDATING
+from provision.snapshot import BEFORE, ROLLED_BACK, UPDATING
 from provision.steps import Step
 from provision.system.aur import BUILDER
 from provision.system.gpu import driver_of
@@ -32,6 +32,7 @@ section failed; systemctl list-units --failed --plain --no-legend 2> /dev/null |
 section enabled; systemctl list-unit-files --state=enabled --plain --no-legend 2> /dev/null | awk '$3 == "disabled" { print $1 }'
 section accounts; awk -F: '$3 >= 1000 && $3 < 60000 { print $1 }' /etc/passwd
 section upgraded; sed -n 's/^\[\([0-9-]*\)T.*starting full system upgrade$/\1/p' /var/log/pacman.log 2> /dev/null | tail -n 1
+section rolled_back; find /.snapshots -maxdepth 1 -name "$rolled_back-*" 2> /dev/null | sort
 section before; sed -n 's/^title //p' "/boot/loader/entries/$before.conf" 2> /dev/null
 section updating; cat "$updating" 2> /dev/null
 section end
@@ -50,6 +51,7 @@ class Extras:
     failed: tuple[str, ...]  # units
     enabled: tuple[str, ...]  # units that somebody enabled
     accounts: tuple[str, ...]
+    rolled_back: tuple[str, ...]  # systems that were taken back
     upgraded: str  # day of the last full upgrade, as 2026-11-23; "" where pacman's log does not say
     before: str  # what a rollback goes back to: title of its boot entry; "" where there is none
     updating: str  # day of an update that was not finished
@@ -70,7 +72,7 @@ def from_the_aur(machine: Machine, facts: Facts) -> list[str]:
 def render_look(machine: Machine, facts: Facts, steps: Sequence[Step]) -> str:
     """The script whose output `parse_extras` reads."""
     wanted = join(wanted_packages(machine, facts, steps))
-    values = f"wanted={quote(wanted)} groups={quote(join(machine.system.groups))} before={BEFORE} updating={UPDATING}\n"
+    values = f"wanted={quote(wanted)} groups={quote(join(machine.system.groups))} before={BEFORE} rolled_back={ROLLED_BACK} updating={UPDATING}\n"
     return f"set +eo pipefail\n{values}{LOOK}"
 
 
@@ -94,6 +96,7 @@ def parse_extras(machine: Machine, facts: Facts, steps: Sequence[Step], text: st
             if unit.rpartition(".")[0] not in scripts and not unit.startswith("metal-")
         ),
         accounts=tuple(name for name in seen["accounts"] if name not in known),
+        rolled_back=tuple(seen["rolled_back"]),
         upgraded="".join(seen["upgraded"]),
         before="".join(seen["before"]),
         updating="".join(seen["updating"]),
@@ -138,6 +141,11 @@ def describe(extras: Extras) -> Iterator[tuple[str, tuple[str, ...], str]]:
             "compare, merge, remove: pacdiff (of pacman-contrib)",
         ),
         ("units enabled by hand", extras.enabled, "to keep: name them in [units]"),
+        (
+            "systems that were taken back",
+            extras.rolled_back,
+            "what you need of it is in there; to remove: sudo btrfs subvolume delete FOLDER",
+        ),
         ("accounts", extras.accounts, "to keep: name them in [users.NAME]; to remove: sudo userdel NAME"),
     )
     return ((what, names, remedy) for what, names, remedy in every if names)

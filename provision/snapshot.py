@@ -19,7 +19,7 @@ from provision.system.crypt import REBUILD
 from provision.system.mirror import SYNC
 
 BEFORE = "before-update"  # of the snapshot, of its folder on the ESP and of its entry
-ROLLED_BACK = "rolled-back"
+ROLLED_BACK = "rolled-back"  # and the time
 ROOT = "/@"
 UPDATING = f"{STATE}/updating"  # in the updated system only, from its snapshot to its proof
 PACKAGES_BEFORE = f"{STATE}/packages-before-update"
@@ -82,7 +82,7 @@ grep -q 'subvol={ROOT}\\( \\|$\\)' "$main" || {{ echo "$main does not name the r
 rm -f "$entry"  # first: an entry whose snapshot or kernels go must not stay
 sync --file-system /boot
 rm -rf "$kept" "$kept.new"
-for old in "$before" "$before.new" /.snapshots/{ROLLED_BACK}; do delete "$old"; done
+for old in "$before" "$before.new"; do delete "$old"; done
 need=$(kernels_in /boot | xargs -d '\\n' du --total --block-size=1M | tail -n 1 | cut -f 1)
 left=$(df --block-size=1M --output=avail /boot | tail -n 1)
 ((left > need + 8)) || {{ echo "/boot has $left MiB left, and a second set of kernels needs $need: take a kernel out, or make room"; exit 1; }}
@@ -244,11 +244,11 @@ sync""",
 
 
 def go_back(machine: Machine) -> Step:
-    """The snapshot takes the place of @, which stays as /.snapshots/rolled-back until the next update."""
+    """The snapshot takes the place of @, which stays as /.snapshots/rolled-back-DAY: nobody but a person knows what is in it."""
     main = default_entry(machine)
     return Script(
         "go back",
-        why="the snapshot becomes the system; what was the system stays beside it until the next update",
+        why="the snapshot becomes the system; what was the system stays in /.snapshots until you delete it",
         probe="false",
         script=f"""{COMMON}
 wanted=$(named)
@@ -263,11 +263,11 @@ if [[ $(number "$top{ROOT}") != "$wanted" ]]; then
   [[ $(number "$top/@snapshots/{BEFORE}") == "$wanted" ]] || {{ echo "/.snapshots/{BEFORE} is not the snapshot that $entry names"; exit 1; }}
   choose {BEFORE}  # by its number: it boots under whatever name
   if [[ -e $top{ROOT} ]]; then
+    kept_as={ROLLED_BACK}-$(date +%F-%H%M%S)
     btrfs subvolume list -o "$top{ROOT}" | sed 's/.* path @//' | while read -r inner; do
-      [[ -z $(ls -A "$top{ROOT}$inner") ]] || echo "a subvolume of its own, in no snapshot, stays in /.snapshots/{ROLLED_BACK}$inner"
+      [[ -z $(ls -A "$top{ROOT}$inner") ]] || echo "a subvolume of its own, which is in no snapshot, stays in /.snapshots/$kept_as$inner"
     done
-    delete "$top/@snapshots/{ROLLED_BACK}"
-    mv -T "$top{ROOT}" "$top/@snapshots/{ROLLED_BACK}"
+    mv -T "$top{ROOT}" "$top/@snapshots/$kept_as"
     btrfs filesystem sync "$top"
   fi
   mv -T "$top/@snapshots/{BEFORE}" "$top{ROOT}"

@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from provision.apply import apply, follow_earlier, gather_facts, probe, wanted_packages
+from provision.apply import apply, follow_earlier, gather_facts, look_for_extras, probe, wanted_packages
+from provision.drift import render_extras
 from provision.errors import ProvisionError
 from provision.facts import Facts
 from provision.flow import converge, progress_on, prove, reboot_and_find
@@ -98,6 +99,8 @@ def update_machine(
     with taken_back_by(machine):
         prove(machine, host, facts, console, "update")
     do([finish(machine)], "update", machine, host, console)
+    if text := render_extras(look_for_extras(machine, facts, host)):
+        console.print(escape(text), highlight=False, soft_wrap=True)
     return host
 
 
@@ -112,7 +115,7 @@ def rollback_machine(
         console.print(escape(render_changes(past.now, past.then)), highlight=False, soft_wrap=True)
         do([go_back(machine)], "rollback", machine, host, console)
         elsewhere = past.root != past.number
-    elif facts.subvolume == f"/@snapshots/{ROLLED_BACK}":
+    elif facts.subvolume.startswith(f"/@snapshots/{ROLLED_BACK}"):
         elsewhere = True  # all is in its place, and only the restart was cut off
     elif past.day:
         console.print(

@@ -33,6 +33,7 @@ pacman() {
     -Qqm) printf '%s\n' tool stranger ;;
   esac
 }
+find() { if [[ $1 == /.snapshots ]]; then echo /.snapshots/rolled-back-2026-11-02; else command find "$@"; fi; }
 systemctl() {
   if [[ $1 == list-units ]]; then echo 'x.service loaded failed failed A unit'; return; fi
   printf '%s\n' 'sshd.service enabled disabled' 'mine.timer enabled disabled' 'getty@.service enabled enabled' \
@@ -87,6 +88,7 @@ def test_what_no_machine_file_names_is_told_apart(seen: Extras, tmp_path: Path) 
         failed=("x.service",),
         enabled=("mine.timer",),
         accounts=("guest",),
+        rolled_back=("/.snapshots/rolled-back-2026-11-02",),
         upgraded="2026-11-03",
         before="Arch Linux, as it was",
         updating="2026-11-04",
@@ -105,7 +107,7 @@ def test_a_person_reads_what_it_is_and_what_to_do(seen: Extras) -> None:
         "update of 2026-11-04 was not finished",
     ):
         assert said in text
-    nothing = Extras(*[()] * 8, upgraded="", before="", updating="")  # type: ignore[arg-type]
+    nothing = Extras(*[()] * 9, upgraded="", before="", updating="")  # type: ignore[arg-type]
     assert render_extras(nothing) == ""
     assert "In no machine file" not in render_extras(replace(nothing, failed=("x.service",)))
 

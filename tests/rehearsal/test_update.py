@@ -6,6 +6,7 @@ bootctl a file, and the restart is a new mount. What the disk's own cache loses 
 """
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -86,7 +87,7 @@ mount -t tmpfs tmpfs sys/run
 mount --bind state sys/tmp
 mount -o loop images/esp sys/boot
 [[ -d sys/modules/$kernel && $initramfs == "$kernel" ]] || { echo "kernel $kernel, initramfs $initramfs, modules $(ls sys/modules)"; exit 1; }
-echo "$entry $kernel $(findmnt --noheadings --output FSROOT sys)"
+echo "$entry $kernel $(findmnt --noheadings --output FSROOT --mountpoint "$scratch/sys")"
 """
 SYSTEMCTL = """#!/bin/bash
 case $* in *is-active*) exit 0 ;; *) echo "$*" >> /run/systemctl ;; esac
@@ -139,9 +140,9 @@ repo-add --quiet /tmp/repos/DAY/own/own.db.tar.gz /tmp/repos/DAY/own/*-VERSION-1
 # Before the command of that number, in whatever shell of the script, all of it is dead.
 CUT = r"""
 echo 0 > /run/commands
-cut() { local n; read -r n < /run/commands; echo $((n + 1)) > /run/commands; ((n + 1 != CUT)) || kill -KILL 0; }
+count() { local n; read -r n < /run/commands; echo $((n + 1)) > /run/commands; ((n + 1 != CUT)) || kill -KILL 0; }
 set -T
-trap cut DEBUG
+trap count DEBUG
 """
 
 
@@ -233,8 +234,11 @@ class Box:
 
 
 @pytest.fixture
-def box(lower: Path, tmp_path: Path, mocker: MockerFixture, live: Facts) -> Iterator[Box]:
+def box(
+    lower: Path, tmp_path: Path, mocker: MockerFixture, monkeypatch: pytest.MonkeyPatch, live: Facts
+) -> Iterator[Box]:
     """Version 1 is installed. The flow around the Steps is the real one, but for the probes of real hardware."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     box = Box(lower, tmp_path)
 
     def facts(host: Box) -> Facts:
@@ -254,6 +258,8 @@ def box(lower: Path, tmp_path: Path, mocker: MockerFixture, live: Facts) -> Iter
     mocker.patch("provision.update.wanted_packages", return_value=("linux-lts", "other"))
     mocker.patch("provision.update.converge", side_effect=lambda machine, facts, *_: facts)
     mocker.patch("provision.update.prove")
+    mocker.patch("provision.update.look_for_extras")
+    mocker.patch("provision.update.render_extras", return_value="")
     try:
         first = f"{box.scratch}/top/@"
         packages = PUBLISH.replace("VERSION", "1").replace("DAY", "now")
@@ -375,46 +381,43 @@ def test_an_update_that_does_not_come_up_is_followed_by_the_old_system(
     assert box.boot() == Booted("arch-linux-lts.conf", "1", "/@")
 
 
-def test_a_firmware_without_variables_boots_the_update(box: Box, btrfs: Machine) -> None:
-    box.publish("2")
-    box.do("touch /tmp/no-variables")
-    update(box, btrfs)
-    assert box.boot() == Booted("arch-linux-lts.conf", "2", "/@")
-
-
-def test_a_mirror_that_is_away_changes_nothing(box: Box, btrfs: Machine) -> None:
-    box.do("rm -r /tmp/repos")
+def test_what_is_in_the_way_is_said_and_changes_nothing(box: Box, btrfs: Machine) -> None:
+    """A full ESP, a mirror that is away; and a firmware without variables, with which the update is what boots."""
+    box.do("dd if=/dev/zero of=/boot/film bs=1M status=none 2> /dev/null || true")
+    with pytest.raises(ProvisionError, match="a second set of kernels needs"):
+        update(box, btrfs)
+    box.do("rm /boot/film; mv /tmp/repos /tmp/away; touch /tmp/no-variables")
     with pytest.raises(ProvisionError, match="No package was changed") as caught:
         update(box, btrfs)
     assert "fab -H gpu1 update" in caught.value.hint
     assert box.boot() == Booted("arch-linux-lts.conf", "1", "/@")
+    box.do("mv /tmp/away /tmp/repos")
     box.publish("2")
     update(box, btrfs)
     assert box.boot() == Booted("arch-linux-lts.conf", "2", "/@")
 
 
-def test_a_subvolume_that_somebody_uses_is_not_deleted_with_the_system_around_it(
-    box: Box, btrfs: Machine
-) -> None:
+def test_what_a_person_keeps_in_the_system_that_is_taken_back_stays(box: Box, btrfs: Machine) -> None:
+    """Data beside the packages, and subvolumes, which no snapshot holds."""
     box.publish("2")
+    update(box, btrfs)
     box.do(
-        "btrfs subvolume create /var/lib/machines; btrfs subvolume create /var/lib/boxes; touch /var/lib/boxes/a"
+        "btrfs subvolume create /var/lib/machines; btrfs subvolume create /var/lib/boxes; echo b > /var/lib/boxes/a; echo s > /srv/a"
+    )
+    rollback(box, btrfs)
+    assert re.search(
+        r"in no snapshot, stays in /\.snapshots/rolled-back-\S+/var/lib/boxes", "\n".join(box.said)
     )
     update(box, btrfs)
-    rollback(box, btrfs)
-    assert "in no snapshot, stays in /.snapshots/rolled-back/var/lib/boxes" in "\n".join(box.said)
-    with pytest.raises(ProvisionError, match="boxes is a subvolume that holds something"):
+    assert box.do("cat /.snapshots/rolled-back-*/{srv,var/lib/boxes}/a") == "s\nb\n"
+    box.do(f"btrfs subvolume create /.snapshots/{BEFORE}/mine; touch /.snapshots/{BEFORE}/mine/a")
+    with pytest.raises(ProvisionError, match="mine is a subvolume that holds something"):
         update(box, btrfs)
-    box.do("btrfs subvolume delete /.snapshots/rolled-back/var/lib/boxes")
+    box.do(
+        f"btrfs subvolume delete /.snapshots/{BEFORE}/mine; btrfs subvolume create /.snapshots/{BEFORE}/empty"
+    )
     update(box, btrfs)
     assert box.boot() == Booted("arch-linux-lts.conf", "2", "/@")
-
-
-def test_a_full_esp_is_said_before_anything_is_changed(box: Box, btrfs: Machine) -> None:
-    box.do("dd if=/dev/zero of=/boot/film bs=1M status=none 2> /dev/null || true")
-    with pytest.raises(ProvisionError, match="a second set of kernels needs"):
-        update(box, btrfs)
-    assert box.boot() == Booted("arch-linux-lts.conf", "1", "/@")
 
 
 def test_without_snapshots_the_archive_has_the_packages_of_that_day(box: Box, tmp_path: Path) -> None:
@@ -448,7 +451,7 @@ def test_an_update_and_back(box: Box, btrfs: Machine) -> None:
     box.do("echo new > /etc/setting")
     rollback(box, btrfs)
     assert box.boot() == Booted("arch-linux-lts.conf", "1", "/@")
-    assert box.do("pacman -Q; cat /etc/setting /.snapshots/rolled-back/etc/setting; ls /boot/loader/entries; cat /boot/loader/loader.conf").splitlines() == [
+    assert box.do("pacman -Q; cat /etc/setting /.snapshots/rolled-back-*/etc/setting; ls /boot/loader/entries; cat /boot/loader/loader.conf").splitlines() == [
         "linux-lts 1-1", "other 1-1", "old", "new", "arch-linux-lts.conf", "default arch-linux-lts.conf", "timeout 3", "editor no",
     ]  # fmt: skip
     with pytest.raises(ProvisionError, match="nothing to go back to"):
