@@ -58,7 +58,7 @@ def update(c: Context, restart: bool = False, sweep: bool = False, address: str 
 def rollback(c: Context, sweep: bool = False, address: str = "") -> None:
     """Go back to before the last update: to its snapshot (btrfs), else to the archive's packages of that day.
 
-    A snapshot takes all but /home, logs and training runs back. What was the system stays in /.snapshots/rolled-back.
+    A snapshot takes all but /home, logs and training runs back. What was the system stays in /.snapshots.
     """
     with at(c, address=address) as (host, machine, to):
         updating.rollback_machine(machine, host, pins(), to.console, to.ask, sweep=sweep).close()
