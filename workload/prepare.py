@@ -13,7 +13,6 @@ Every document is followed by end-of-text. (llm.c writes it before each: the str
 last token.) A text is cut in two at the place where validation begins; both parts are followed by end-of-text.
 """
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -39,7 +38,7 @@ from workload import hub
 from workload.config import TOKENIZERS
 from workload.data import META, list_token_files, load_meta, load_tensor
 from workload.errors import WorkloadError
-from workload.files import sync
+from workload.files import only_one, sync
 from workload.shards import (
     SHARD_TOKENS,
     Progress,
@@ -150,7 +149,7 @@ def prepare(
     staging = out.with_name(f".{out.name}.partial")
     with full_disk_is_readable(staging):
         staging.mkdir(parents=True, exist_ok=True)
-        with _only_one(staging), _nothing_is_left_of_nothing(staging):
+        with only_one(staging), _nothing_is_left_of_nothing(staging):
             if not (staging / META).exists():
                 opened = _begin_or_go_on(request, staging, note)
                 meta = _Preparation(
@@ -215,21 +214,6 @@ def _hash_names(source: Source) -> str:
     """Of the files' names, sizes and stamps: another one when any of them is another file."""
     files = [[file.name, file.size, file.stamp] for file in source.files]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
-@contextmanager
-def _only_one(staging: Path) -> Iterator[None]:
-    """Hold the folder against a second command; the lock goes with the process, however it ends."""
-    descriptor = os.open(staging, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise WorkloadError(
-            f"{staging}: another command is at work there", "wait for it, or name another --out"
-        ) from error
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 
 from workload.charts import Floats, Line, render_chart, smooth
 from workload.errors import WorkloadError
-from workload.files import replace_text
+from workload.files import is_held, replace_text
 from workload.metrics import Log, Row, number, parse_row
 from workload.page import STYLE, render_page, render_time
 from workload.panel import format_duration
@@ -25,7 +25,6 @@ from workload.panel import format_duration
 __all__ = ["STYLE", "LiveReport", "Record", "load_record", "render_report", "save_report"]
 
 Status = Literal["at work", "stopped", "finished"]
-QUIET_S = 600.0  # a run that has written nothing for so long is not at work
 MOST_SAMPLES, MOST_EVENTS = 60, 300
 EVERY_S = 15.0  # between two reports of a run at work
 COST = 0.01  # of the time since the last one, at most
@@ -64,27 +63,26 @@ def _load_starts(out: Path) -> list[Row]:
 def save_report(out: Path, status: Status | None = None) -> Path:
     """Write the report of the run in `out`, from its files alone, at once or not at all; returns its path.
 
-    status: how the run stands, where the caller knows; else it is guessed from the files.
+    status: how the run stands, where the caller knows; else it is looked for.
     """
     return _write(out, load_record(out), status)
 
 
 def _write(out: Path, record: Record, status: Status | None) -> Path:
-    text = render_report(record, status or guess_status(out, record, time.time()), datetime.now(UTC))
+    text = render_report(record, status or find_status(out, record), datetime.now(UTC))
     replace_text(out / "report.html", text, durable=False)  # it can be made again
     return out / "report.html"
 
 
-def guess_status(out: Path, record: Record, now_s: float) -> Status:
-    """Finished when the newest checkpoint says so, at work while rows come, else stopped. now_s: as time.time()."""
+def find_status(out: Path, record: Record) -> Status:
+    """Finished when the newest checkpoint says so, at work while a process of this computer trains it, else stopped."""
     steps = record.log.steps["step"]
     planned = [float(record.config.get("train", {}).get("steps", np.inf))]
     for state in sorted(out.glob("checkpoints/step-*/state.json"))[-1:]:
         planned += [number(parse_row(state.read_bytes()) or {}, "steps")]  # fewer, when the time is limited
     if steps and any(steps[-1] >= plan for plan in planned):
         return "finished"
-    path = out / "metrics.jsonl"
-    return "at work" if path.exists() and now_s - path.stat().st_mtime < QUIET_S else "stopped"
+    return "at work" if is_held(out) else "stopped"
 
 
 class LiveReport:

@@ -28,7 +28,7 @@ from workload.errors import WorkloadError
 from workload.evaluate import Score, evaluate
 from workload.faults import is_device_lost, is_out_of_memory
 from workload.feed import Feed
-from workload.files import FULL, replace_text
+from workload.files import FULL, only_one, replace_text
 from workload.generate import generate, stream_text
 from workload.guard import MOST_ROLL_BACKS, MOST_SKIPS, Guard, gather_guard, judge, restore_guard, roll_back
 from workload.metrics import Metrics
@@ -80,51 +80,60 @@ def train(
     Saved, then evaluated: nothing that evaluation does can lose a step. Returns where the run stands; it is finished
     when its step is its steps and it was not told to stop, which may have cut its last evaluation short.
     """
-    run = open_run(
-        config,
-        out,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        clock=clock,
-        reporter=reporter,
-        make_loss=make_loss,
-        world=world,
-    )
+    with _alone_in(out, world):
+        run = open_run(
+            config,
+            out,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            clock=clock,
+            reporter=reporter,
+            make_loss=make_loss,
+            world=world,
+        )
 
-    def stops() -> bool:
-        return world.any(should_stop())  # all ranks at the same step
+        def stops() -> bool:
+            return world.any(should_stop())  # all ranks at the same step
 
-    try:
-        with run.writer:  # its end waits until everything is on the disk
-            run.prepare()
-            while True:
-                finished = run.state.step >= run.state.steps
-                evaluating = finished or run.state.step % config.train.eval_every == 0
-                # Asked once: who stops has saved, or goes on to the next step and saves that.
-                saving = evaluating or run.state.step % config.train.save_every == 0 or stops()
-                reporter.pause()
-                run.show()
-                if saving and run.state.step:
-                    run.save()
-                if evaluating:
-                    run.evaluate(should_stop)
-                reporter.go_on()
-                if finished or (saving and stops()):
-                    return run.state
-                run.update()
-                run.fit_steps()
-                run.writer.check()
-    except OSError as error:
-        if error.errno in DISK_ERRORS:
-            raise run.explain_disk(error) from error
-        raise
-    except RuntimeError as error:
-        if is_device_lost(error):
-            raise run.explain_loss(error) from error
-        raise
-    finally:
-        run.close()
+        try:
+            with run.writer:  # its end waits until everything is on the disk
+                run.prepare()
+                while True:
+                    finished = run.state.step >= run.state.steps
+                    evaluating = finished or run.state.step % config.train.eval_every == 0
+                    # Asked once: who stops has saved, or goes on to the next step and saves that.
+                    saving = evaluating or run.state.step % config.train.save_every == 0 or stops()
+                    reporter.pause()
+                    run.show()
+                    if saving and run.state.step:
+                        run.save()
+                    if evaluating:
+                        run.evaluate(should_stop)
+                    reporter.go_on()
+                    if finished or (saving and stops()):
+                        return run.state
+                    run.update()
+                    run.fit_steps()
+                    run.writer.check()
+        except OSError as error:
+            if error.errno in DISK_ERRORS:
+                raise run.explain_disk(error) from error
+            raise
+        except RuntimeError as error:
+            if is_device_lost(error):
+                raise run.explain_loss(error) from error
+            raise
+        finally:
+            run.close()
+
+
+def _alone_in(out: Path, world: World) -> AbstractContextManager[None]:
+    """Two trainings in one folder would each take the other's checkpoints for their own."""
+    if not world.is_first:
+        return nullcontext()
+    out.mkdir(parents=True, exist_ok=True)
+    return only_one(out)
 
 
 def open_run(

@@ -20,6 +20,7 @@ from workload import train as module
 from workload.checkpoint import State, list_complete, load
 from workload.config import Config, TrainConfig, load_config
 from workload.errors import WorkloadError
+from workload.files import only_one
 from workload.metrics import TIMING, load_rows
 from workload.model import GPT2
 from workload.optim import make_optimizer
@@ -150,6 +151,16 @@ def test_kill_and_resume_is_the_same_as_no_kill(
     starts = [json.loads(line)["from_step"] for line in (killed / "starts.jsonl").read_text().splitlines()]
     assert starts == [0, resumed_from]
     assert outcome(killed) == outcome(whole)
+
+
+def test_a_folder_is_trained_in_by_one_at_a_time(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(config, out)
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    with only_one(out), pytest.raises(WorkloadError, match="another command is at work"):
+        run(with_train(config, steps=20), out)
+    assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
+    assert run(with_train(config, steps=20), out).step == 20  # the lock goes with who holds it
 
 
 def test_every_stop_and_resume_is_the_same_as_no_stop(config: Config, tmp_path: Path) -> None:
