@@ -232,6 +232,7 @@ def finish(machine: Machine) -> Step:
         why="it was verified: it is what boots, and the system from before stays for `rollback`",
         probe=f"[[ -e {UPDATING} ]] || echo yes",
         script=f"""{COMMON}
+[[ ! -e {SETTLE_UNIT} ]] || systemctl stop {SETTLE}.service  # it may be at the same just now
 {f"choose {main}; sync_mirror" if has_snapshots(machine) else ""}
 if [[ -e {SETTLE_UNIT} ]]; then
   systemctl disable {SETTLE}.service

@@ -66,7 +66,7 @@ def box(sshd: Sshd) -> Path:
 
 def test_list_and_help_explain(folder: Path) -> None:
     listed = fab(folder, "--list").stdout
-    names = "provision plan verify inspect disks seed unlock train runs attach logs stop resume sample report remove"
+    names = "provision plan verify update rollback inspect disks seed unlock train runs attach logs stop resume sample report remove"
     for name in (*names.split(), "fetch-checkpoints"):
         assert f"\n  {name} " in listed
     assert "--wipe" in fab(folder, "--help", "provision").stdout
@@ -82,7 +82,9 @@ def test_the_fabfile_stays_short() -> None:
         assert len(task.splitlines()) < 20 or task.startswith('"""'), task
 
 
-@pytest.mark.parametrize("task", ["provision", "plan", "train", "runs", "stop", "fetch-checkpoints"])
+@pytest.mark.parametrize(
+    "task", ["provision", "plan", "update", "rollback", "train", "runs", "stop", "fetch-checkpoints"]
+)
 def test_without_a_host_nothing_runs_here(folder: Path, task: str) -> None:
     message = refused(fab(folder, task))
     assert "No machine was named." in message
