@@ -57,6 +57,7 @@ delete() {{  # SUBVOLUME, with those in it that systemd makes and nobody used
   done
   btrfs subvolume delete "$1"
 }}
+demand_boot() {{ mountpoint -q /boot || {{ echo '/boot is not mounted: kernels would go nowhere'; exit 1; }}; }}
 sync_mirror() {{ if [[ -x {SYNC} ]]; then {SYNC}; fi; }}
 """
 
@@ -76,6 +77,7 @@ def take_snapshot(machine: Machine) -> Step:
         why="the system as it is now, with its kernels, is an entry of the boot menu and what `rollback` goes back to",
         probe=f'{COMMON}[[ -e {UPDATING} && -s $entry && $(number "$before") == $(named) ]] && echo yes',
         script=f"""{COMMON}
+demand_boot
 [[ $(findmnt --noheadings --output FSROOT /) == {ROOT} ]]
 main=/boot/loader/entries/{default_entry(machine)}.conf
 grep -q 'subvol={ROOT}\\( \\|$\\)' "$main" || {{ echo "$main does not name the root as subvol={ROOT}: fab provision writes it anew"; exit 1; }}
@@ -118,7 +120,7 @@ def note_packages() -> Step:
         "note of the packages",
         why="no snapshots on this file system: `rollback` will take the packages of that day from the archive",
         probe=f"[[ -e {UPDATING} ]] && echo yes",
-        script=record(),
+        script=f"{COMMON}demand_boot\n{record()}",
     )
 
 
@@ -252,6 +254,7 @@ def go_back(machine: Machine) -> Step:
         why="the snapshot becomes the system; what was the system stays in /.snapshots until you delete it",
         probe="false",
         script=f"""{COMMON}
+demand_boot
 wanted=$(named)
 [[ $wanted ]] || {{ echo "$entry names no snapshot"; exit 1; }}
 for file in $(sed -n 's/^\\(linux\\|initrd\\) //p' "$entry"); do
@@ -287,7 +290,6 @@ sync""",
 def downgrade(archive: str) -> Step:
     """Without a snapshot: the packages of the day before the update, from the archive. Files of /etc stay as they are."""
     servers = quote(f"Server = {archive.rstrip('/')}/repos/DAY/$repo/os/$arch")
-    again = transaction("").replace("pacman -Syu ", 'pacman --config "$conf" -Syyuu ')
     return Script(
         "downgrade",
         why="no snapshot: all packages as the archive has them of the day before the update",
@@ -300,12 +302,22 @@ printf '%s\\n' "${{line/DAY/$day}}" > "$list"
 sed "s,^Include *= */etc/pacman.d/mirrorlist,Include = $list," /etc/pacman.conf > "$conf"
 chmod 644 "$conf" "$list"
 (set -e
-{again})
+{transaction("", '--config "$conf" -Syyuu')})
 {fit_kernels()}
 rm -f {UPDATING} {DAY_BEFORE}
 sync""",
     )
 
+
+# What an upgrade would bring, by lists of its own: those of the system stay in step with what is installed.
+NEWER = """
+lists=$(mktemp --directory /run/metal-lists.XXXXXX)
+chmod 755 "$lists"  # pacman downloads as a user of its own
+trap 'rm -rf "$lists"' EXIT
+ln -s /var/lib/pacman/local "$lists/local"
+said=$(pacman -Sy --dbpath "$lists" --logfile /dev/null --noprogressbar 2>&1) || { echo "@failed"; tail -n 5 <<< "$said"; exit 0; }
+pacman -Qu --dbpath "$lists" || true
+"""
 
 # What a rollback would go back to: words, then packages as they are and as they were.
 LOOK = f"""{COMMON}

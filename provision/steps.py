@@ -133,10 +133,10 @@ def Packages(*names: str, why: str) -> Step:
     )
 
 
-def transaction(wanted: str) -> str:
+def transaction(wanted: str, upgrade: str = "-Syu") -> str:
     """Bash: these packages (words of bash) in one transaction that also upgrades everything else."""
     # Never -Sy alone: a partial upgrade is unsupported on Arch (wiki, System maintenance).
-    pacman = "in_target pacman -Syu --noconfirm --noprogressbar"
+    pacman = f"in_target pacman {upgrade} --noconfirm --noprogressbar"
     return f"""doubt="$root"{IN_DOUBT} pacman="$root"/var/lib/pacman again=
 transaction() {{
   [[ -z $again ]] || {pacman} --overwrite '*' $again || return

@@ -18,6 +18,7 @@ from provision.machine import Machine
 from provision.person import Ask, ask_person
 from provision.snapshot import (
     LOOK,
+    NEWER,
     ROLLED_BACK,
     arm,
     downgrade,
@@ -32,6 +33,7 @@ from provision.steps import Step
 from provision.system import check_root
 
 MOST_SHOWN = 40  # packages by name
+LISTS_DEADLINE_S = 300
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,17 @@ def update_machine(
     if past.updating:
         console.print(f"The update of {past.updating} was not finished: going on with it.")
     packages = wanted_packages(machine, facts)
-    first = take_snapshot(machine) if has_snapshots(machine) else note_packages()
-    do([first, upgrade(machine, packages)], "update", machine, host, console)
-    after = look_at_past(host)
-    console.print(escape(render_changes(after.then, after.now)), highlight=False, soft_wrap=True)
+    if past.updating or look_for_newer(machine, host, console):
+        first = take_snapshot(machine) if has_snapshots(machine) else note_packages()
+        do([first, upgrade(machine, packages)], "update", machine, host, console)
+        after = look_at_past(host)
+        console.print(escape(render_changes(after.then, after.now)), highlight=False, soft_wrap=True)
+    else:  # without a new snapshot: the one of the last update that changed something is worth more
+        console.print("Every package is the newest already.")
     facts = converge(machine, gather_facts(host), host, console, lambda: None)
     if facts.reboot or restart:
         console.print("; ".join(facts.reboot))
-        if has_snapshots(machine):
+        if has_snapshots(machine) and look_at_past(host).updating:
             do([arm(machine)], "update", machine, host, console)
         host = reboot_and_find(machine, host, pins, facts, console, ask, sweep=sweep)
         facts = gather_facts(host)
@@ -170,6 +175,20 @@ def do(steps: Sequence[Step], task: str, machine: Machine, host: Host, console: 
     plan = probe(task, steps, host)
     if plan:
         apply(plan, machine, host, progress_on(console, machine), task=task)
+
+
+def look_for_newer(machine: Machine, host: Host, console: Console) -> tuple[str, ...]:
+    """One exec: lines `NAME OLD -> NEW`. Raises ProvisionError where no mirror answers."""
+    said = host.look(f"set +e\n{NEWER}", deadline_s=LISTS_DEADLINE_S).stdout
+    if "@failed\n" in said:
+        raise ProvisionError(
+            f"The lists of packages did not come; nothing was changed:\n{said.partition('@failed')[2].strip()}",
+            f"When the mirrors answer: fab -H {machine.name} update",
+        )
+    newer = tuple(line for line in said.splitlines() if " -> " in line and not line.endswith("[ignored]"))
+    if newer:
+        console.print(f"{len(newer)} packages have newer versions.")
+    return newer
 
 
 def demand_updated(machine: Machine, facts: Facts) -> None:

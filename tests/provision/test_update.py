@@ -115,8 +115,11 @@ def test_it_restarts_where_kernel_or_driver_changed(
     machine: Machine, seen: Facts, mocker: MockerFixture, reboot: tuple[str, ...], filesystem: str
 ) -> None:
     machine = replace(machine, disk=replace(machine.disk, filesystem=filesystem))
-    mocker.patch("provision.update.look_at_past", return_value=parse_past(SAID))
+    past = parse_past(SAID)
+    pasts = [past, *[replace(past, updating="2026-11-23")] * 2]
+    mocker.patch("provision.update.look_at_past", side_effect=pasts)
     mocker.patch("provision.update.wanted_packages", return_value=("base",))
+    mocker.patch("provision.update.look_for_newer", return_value=("tmux 1 -> 2",))
     mocker.patch("provision.update.converge", return_value=replace(seen, reboot=reboot))
     mocker.patch("provision.update.look_for_extras")
     mocker.patch("provision.update.render_extras", return_value="1 file of an upgrade")

@@ -384,15 +384,27 @@ def test_an_update_that_does_not_come_up_is_followed_by_the_old_system(
 def test_what_is_in_the_way_is_said_and_changes_nothing(box: Box, btrfs: Machine) -> None:
     """A full ESP, a mirror that is away; and a firmware without variables, with which the update is what boots."""
     box.do("dd if=/dev/zero of=/boot/film bs=1M status=none 2> /dev/null || true")
+    box.publish("2")
     with pytest.raises(ProvisionError, match="a second set of kernels needs"):
         update(box, btrfs)
     box.do("rm /boot/film; mv /tmp/repos /tmp/away; touch /tmp/no-variables")
-    with pytest.raises(ProvisionError, match="No package was changed") as caught:
+    lists = box.do("sha256sum /var/lib/pacman/sync/*")
+    with pytest.raises(ProvisionError, match="failed retrieving file") as caught:
         update(box, btrfs)
     assert "fab -H gpu1 update" in caught.value.hint
+    assert lists == box.do("sha256sum /var/lib/pacman/sync/*"), (
+        "a list without its packages is half an upgrade"
+    )
     assert box.boot() == Booted("arch-linux-lts.conf", "1", "/@")
     box.do("mv /tmp/away /tmp/repos")
     box.publish("2")
+    box.do(
+        "mkdir /tmp/aside; mv /tmp/repos/now/own/*-2-1-any.pkg.tar /tmp/aside"
+    )  # a mirror in the middle of its own update
+    with pytest.raises(ProvisionError, match="No package was changed"):
+        update(box, btrfs)
+    assert box.boot() == Booted("arch-linux-lts.conf", "1", "/@")
+    box.do("mv /tmp/aside/* /tmp/repos/now/own")
     update(box, btrfs)
     assert box.boot() == Booted("arch-linux-lts.conf", "2", "/@")
 
@@ -449,6 +461,7 @@ def test_an_update_and_back(box: Box, btrfs: Machine) -> None:
         == "linux-lts 2-1\nother 2-1\n1\n"
     )
     box.do("echo new > /etc/setting")
+    update(box, btrfs)  # to which nothing is newer: what can be gone back to stays
     rollback(box, btrfs)
     assert box.boot() == Booted("arch-linux-lts.conf", "1", "/@")
     assert box.do("pacman -Q; cat /etc/setting /.snapshots/rolled-back-*/etc/setting; ls /boot/loader/entries; cat /boot/loader/loader.conf").splitlines() == [
