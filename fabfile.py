@@ -123,15 +123,15 @@ def verify(c: Context, quick: bool = False) -> None:
         verify_machine(machine, host, folder, to.console, quick=quick, say=to.say)
 
 
-@task(iterable=["set"], help=about("preset", "data", "name", "set", "detach", "resume", "share"))
+@task(iterable=["set"], help=about("preset", "data", "name", "set", "detach", "resume", "share", "each"))
 def train(
     c: Context, set: list[str], preset: str = "demo", data: str = "", name: str = "", resume: str = "",
-    detach: bool = False, share: bool = False,
+    detach: bool = False, share: bool = False, each: bool = False,
 ) -> None:  # fmt: skip
-    """Check the machine, send workload and data, train as a unit that survives reboots, follow it (until Ctrl-C)."""
+    """Check, send workload and data, train as a unit that survives reboots, follow it. -H a,b: one run over both."""
     with at(c) as (host, machine, to):
         jobs.train(host, machine, preset=preset, name=name, data=data, settings=set, resume=resume, detach=detach,
-                   share=share, on_line=to.say, say=to.say)  # fmt: skip
+                   share=share, beside=() if each else to.beside, reach=to.reach, on_line=to.say, say=to.say)  # fmt: skip
 
 
 @task
@@ -145,7 +145,7 @@ def runs(c: Context) -> None:
 def attach(c: Context, run: str = "") -> None:
     """Follow a training run that was started before. Ctrl-C leaves it running."""
     with at(c) as (host, machine, to):
-        jobs.attach(host, machine, run, on_line=to.say, say=to.say)
+        jobs.attach(host, machine, run, beside=to.beside, reach=to.reach, on_line=to.say, say=to.say)
 
 
 @task(help=about("run", "lines"))
@@ -159,14 +159,14 @@ def logs(c: Context, run: str = "", lines: int = 50) -> None:
 def stop(c: Context, run: str = "", now: bool = False) -> None:
     """End a run: it saves first, and this waits for it."""
     with at(c) as (host, machine, to):
-        jobs.stop(host, machine, run, now=now, on_line=to.say, say=to.say)
+        jobs.stop(host, machine, run, now=now, reach=to.reach, on_line=to.say, say=to.say)
 
 
 @task(help=about("run", "detach"))
 def resume(c: Context, run: str = "", detach: bool = False) -> None:
     """Let a run that ended go on from its latest checkpoint, as it was begun; follow it."""
     with at(c) as (host, machine, to):
-        jobs.resume(host, machine, run, detach=detach, on_line=to.say, say=to.say)
+        jobs.resume(host, machine, run, detach=detach, beside=to.beside, reach=to.reach, on_line=to.say, say=to.say)  # fmt: skip
 
 
 @task(help=about("prompt", "run", "tokens"))

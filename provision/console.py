@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ HELP = {
     "detach": "start it, do not follow it",
     "resume": "id of a run that ended: it goes on from its latest checkpoint, with the settings and the source of now",
     "share": "beside another run, or with a GPU that somebody uses",
+    "each": "of several machines: a run on each, instead of one over all of them",
     "run": "its id; by default the one at work, or the last one",
     "lines": "how many",
     "now": "without saving: what was done since the last checkpoint is lost",
@@ -54,7 +57,12 @@ def at(
     with readable():
         machine = load(c, address, need_disk)
         with dial(c, machine, fingerprint) as host:
-            yield host, machine, screen()
+            yield host, machine, replace(screen(), reach=partial(reach_by_name, c))
+
+
+def reach_by_name(c: Connection, name: str) -> Host:
+    """A session to another machine than the one that `c` is for."""
+    return dial(c, load_machine(name, machines_folder()))
 
 
 @contextmanager

@@ -10,12 +10,30 @@ Ctrl-C and lost connections end the following only. The same command again follo
 """
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from shlex import join
 
+from provision.crew import (
+    LAST_LINES,
+    Member,
+    Reach,
+    already_training,
+    demand_alike,
+    demand_free,
+    end_all,
+    follow_run,
+    last_lines_offset,
+    meet,
+    no_such_run,
+    on_all,
+    process_arguments,
+    reach_nobody,
+    start_all,
+)
 from provision.dataset import Data, find_data, prepare_arguments, send_data
 from provision.errors import ProvisionError
 from provision.host import Host
@@ -23,6 +41,7 @@ from provision.machine import Machine
 from provision.person import Ask
 from provision.preflight import (
     Runs,
+    Seen,
     demand_ready,
     describe_device,
     look,
@@ -32,9 +51,9 @@ from provision.preflight import (
 from provision.runs import (
     Folder,
     checked_run,
+    mark_stopped,
     new_run_id,
     remove_run,
-    start_run,
     stop_run,
     train_script,
     unit_of,
@@ -46,14 +65,47 @@ from provision.units import Lines, OnLine, variables
 from workload.config import Config, load_config
 from workload.errors import WorkloadError
 
-LAST_LINES = 20
-
 Say = Callable[[str], object]
 
 
-def command_id(folder: Folder, source: str, arguments: Sequence[str], prepare: Sequence[str] = ()) -> str:
-    """The same for the same source, preset and settings, whatever the run's id."""
-    return hashlib.sha256(train_script(folder, source, "RUN", arguments, prepare).encode()).hexdigest()
+def ignore(line: str) -> None:
+    """Of a log that nobody asked for."""
+
+
+def command_id(
+    folder: Folder,
+    source: str,
+    arguments: Sequence[str],
+    prepare: Sequence[str] = (),
+    hosts: Sequence[str] = (),
+) -> str:
+    """The same for the same source, preset, settings and machines, whatever the run's id."""
+    return hashlib.sha256(train_script(folder, source, "RUN", arguments, prepare, hosts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained, before anything is known of where."""
+
+    preset: str
+    name: str
+    settings: Sequence[str]
+    resume: str  # id of a run that goes on, "" for a new one
+    share: bool
+    config: Config
+    data: Data
+    files: Mapping[str, bytes]  # of the package
+    source: str  # their hash
+
+    def arguments(self, folder: Folder, crew: Sequence[Member]) -> list[str]:
+        return [
+            *chosen(self.preset, self.settings, self.data, folder, self.resume),
+            *process_arguments(crew),
+        ]
+
+    def prepare(self, folder: Folder) -> list[str]:
+        wanted = self.config.data
+        return prepare_arguments(self.data, folder, wanted.tokenizer, wanted.val_fraction)
 
 
 def train(
@@ -67,50 +119,99 @@ def train(
     detach: bool = False,
     resume: str = "",
     share: bool = False,
+    beside: Sequence[str] = (),
+    reach: Reach = reach_nobody,
     on_line: OnLine = print,
     say: Say = print,
 ) -> str:
     """Start a run and follow it to its end; its id. With `resume`, an ended run goes on with this source and settings.
 
-    The same preset, settings and source as a run at work joins that one. Raises ProvisionError where another
-    run is at work (unless `share`), where the machine is not ready, and with the last lines of its log where the
-    run fails.
+    `beside`: machines that train it together with this one, which leads; `reach` finds them. The same preset, settings,
+    source and machines as a run at work joins that one. Raises ProvisionError where another run is at work (unless
+    `share`), where a machine is not ready, and with the last lines of its log where the run fails.
     """
     config = checked_config(preset, settings)
     if name:
         checked_run(name)
     wanted = find_data(data, config.data.tokenizer, config.data.val_fraction, say)
     files = package_files()
-    source = content_hash(files)
-    seen = look(host, machine, source, wanted.key)
-    folder = seen.runs.folder
-    arguments = chosen(preset, settings, wanted, folder, resume)
-    prepare = prepare_arguments(wanted, folder, config.data.tokenizer, config.data.val_fraction)
-    command = command_id(folder, source, arguments, prepare)
-    for run, at_work in seen.runs.active.items():
-        if at_work == command and resume in ("", run) and run.endswith(name):
+    job = Job(preset, name, settings, resume, share, config, wanted, files, content_hash(files))
+    with ExitStack() as stack:
+        others = [stack.enter_context(reach(other)) for other in beside]
+        machines = {host: machine, **{other: other.wanted.machine for other in others}}
+        seen = on_all([host, *others], lambda each: look(each, machines[each], job.source, wanted.key))
+        crew = [Member(each, machines[each], its) for each, its in zip(machines, seen, strict=True)]
+        folder = seen[0].runs.folder
+        run = find_begun(crew, job)
+        if run:
             say(f"{run} is at work already")
-            return run if detach else follow_run(host, folder, run, on_line=on_line, say=say)
-        if not share:
-            raise already_training(host, run)
-    if resume:
-        last_lines_offset(host, folder.run(resume))  # raises where there is no such run
-    sending = bool(wanted.files) and not seen.has_data
-    demand_ready(machine, seen, runs_bytes(config) + sending * wanted.size, share=share)
-    if not seen.has_source:
-        host.send_tree(files, folder.source(source), as_root=False)
-    if sending:
-        send_data(host, folder, wanted, say)
-    run = resume or new_run_id(name or preset, datetime.now(UTC))
-    script = train_script(folder, source, run, arguments, prepare)
-    start_run(host, folder, run, machine.user.name, script)
-    say(f"{run} has started on {host.name}, on {describe_device(machine, seen)}; in {folder.run(run)}")
-    if wanted.prepare and not seen.has_data:
-        say(f"First it makes token shards of {wanted.prepare}; if it is cut short it goes on with them.")
-    if detach:
-        say(f"fab -H {host.name} attach follows it; fab -H {host.name} fetch-checkpoints brings it home.")
-        return run
-    return follow_run(host, folder, run, on_line=on_line, say=say)
+        else:
+            run = begin(crew, job, say)
+            if detach:
+                say(
+                    f"fab -H {host.name} attach follows it; fab -H {host.name} fetch-checkpoints brings it home."
+                )
+        if detach:
+            return run
+        begun = not resume and run not in seen[0].runs.active
+        return follow_run(host, folder, run, on_line=on_line, say=say, others=others, begun=begun)
+
+
+def begin(crew: Sequence[Member], job: Job, say: Say) -> str:
+    """Check, send, start; the run's id. Until every machine has been found ready nothing is sent to any."""
+    hosts, folder = [member.host for member in crew], crew[0].seen.runs.folder
+    if job.resume:
+        last_lines_offset(hosts[0], folder.run(job.resume))  # raises where there is no such run
+    for member in crew:
+        need_bytes = runs_bytes(job.config) if member is crew[0] else 0
+        need_bytes += lacks_data(job.data, member.seen) * job.data.size
+        demand_ready(member.machine, member.seen, need_bytes, share=job.share)
+    demand_alike(crew, job.config)
+    several = len(crew) > 1
+    nodes = meet(hosts) if several else []
+    seen = {member.host: member.seen for member in crew}
+
+    def send(host: Host) -> None:
+        if not seen[host].has_source:
+            host.send_tree(job.files, folder.source(job.source), as_root=False)
+        if lacks_data(job.data, seen[host]):
+            send_data(host, folder, job.data, say)
+
+    on_all(hosts, send)
+    run = job.resume or new_run_id(job.name or job.preset, datetime.now(UTC))
+    names = [host.name for host in hosts] if several else []
+    script = train_script(folder, job.source, run, job.arguments(folder, crew), job.prepare(folder), names)
+    start_all(hosts, folder, run, nodes, script)
+    places = [f"{member.name}, on {describe_device(member.machine, member.seen)}" for member in crew]
+    led = f", led by {hosts[0].name}" if several else ""
+    say(f"{run} has started on {'; on '.join(places)}{led}; in {folder.run(run)}")
+    if job.data.prepare and not all(member.seen.has_data for member in crew):
+        say(f"First it makes token shards of {job.data.prepare}; if it is cut short it goes on with them.")
+    return run
+
+
+def lacks_data(wanted: Data, seen: Seen) -> bool:
+    return bool(wanted.files) and not seen.has_data
+
+
+def find_begun(crew: Sequence[Member], job: Job) -> str:
+    """The run at work that the same command began, "" for none. Raises ProvisionError where another one is in the way."""
+    folder, found = crew[0].seen.runs.folder, ""
+    names = [member.name for member in crew] if len(crew) > 1 else []
+    command = command_id(folder, job.source, job.arguments(folder, crew), job.prepare(folder), names)
+    for run, at_work in crew[0].seen.runs.active.items():
+        if at_work == command and job.resume in ("", run) and run.endswith(job.name):
+            found = run
+    for each in crew:
+        for run in each.seen.runs.active:
+            if run != found and not job.share:
+                raise already_training(each.host, run)
+        if found and found not in each.seen.runs.active:
+            raise ProvisionError(
+                f"{found} is at work on {crew[0].name}, and not on {each.name}, which is part of it.",
+                f"fab -H {crew[0].name} stop, then fab -H {crew[0].name} resume begins it on all of them.",
+            )
+    return found
 
 
 def chosen(preset: str, settings: Sequence[str], data: Data, folder: Folder, resume: str) -> list[str]:
@@ -128,14 +229,6 @@ def checked_config(preset: str, settings: Sequence[str]) -> Config:
         raise ProvisionError(error.message, error.hint) from error
 
 
-def already_training(host: Host, run: str) -> ProvisionError:
-    return ProvisionError(
-        f"{host.name} is already training: {run}.",
-        f"fab -H {host.name} stop ends it (it saves first); fab -H {host.name} attach follows it; "
-        "--share trains beside it.",
-    )
-
-
 def find_run(host: Host, machine: Machine, run: str) -> tuple[Runs, str]:
     """The runs, and the one that is meant: `run`, or the one at work, or the last one."""
     if run:
@@ -147,15 +240,61 @@ def find_run(host: Host, machine: Machine, run: str) -> tuple[Runs, str]:
     return runs, run
 
 
-def no_such_run(host: Host, run: str) -> ProvisionError:
-    return ProvisionError(f"There is no run {run} on {host.name}.", f"fab -H {host.name} runs")
+@contextmanager
+def crew_of(
+    host: Host, runs: Runs, run: str, reach: Reach, without: Sequence[str], say: Say
+) -> Iterator[list[Host]]:
+    """Sessions to the other machines of a run, as far as they answer; none for a run on one."""
+    with ExitStack() as stack:
+        others = []
+        for name in runs.hosts.get(run, ()):
+            if name == host.name or name in without:
+                continue
+            try:
+                others.append(stack.enter_context(reach(name)))
+            except ProvisionError as error:
+                say(f"{name}, which is part of {run}: {error.message}")
+        yield others
 
 
-def attach(host: Host, machine: Machine, run: str = "", *, on_line: OnLine = print, say: Say = print) -> str:
-    """Follow a run again, from its last lines on; without an id, the one at work, or the last one. Its id."""
+def leads(host: Host, runs: Runs, run: str) -> bool:
+    """Whether this machine has the run's checkpoints and its log."""
+    return runs.hosts.get(run, (host.name,))[0] == host.name
+
+
+def demand_leader(host: Host, runs: Runs, run: str, task: str) -> None:
+    if not leads(host, runs, run):
+        lead = runs.hosts[run][0]
+        raise ProvisionError(
+            f"{run} trains on {' and '.join(runs.hosts[run])}; what it has lies on {lead}, which leads it.",
+            f"fab -H {lead} {task} --run {run}",
+        )
+
+
+def attach(
+    host: Host,
+    machine: Machine,
+    run: str = "",
+    *,
+    reach: Reach = reach_nobody,
+    beside: Sequence[str] = (),
+    on_line: OnLine = print,
+    say: Say = print,
+) -> str:
+    """Follow a run again, from its last lines on; without an id, the one at work, or the last one. Its id.
+
+    `reach`: how a run's other machines are found, but for those `beside` this one, which are followed by another call.
+    """
     runs, run = find_run(host, machine, run)
     say(f"{run} {'is at work' if run in runs.active else 'has ended'}; its last lines:")
-    return follow_run(host, runs.folder, run, on_line=on_line, say=say)
+    if not leads(host, runs, run):
+        say(
+            f"{runs.hosts[run][0]} leads it; what follows is said by {host.name}, where it is silent but for errors."
+        )
+        return follow_run(host, runs.folder, run, on_line=on_line, say=say)
+    without = runs.hosts.get(run, ()) if run not in runs.active else beside
+    with crew_of(host, runs, run, reach, without, say) as others:
+        return follow_run(host, runs.folder, run, on_line=on_line, say=say, others=others)
 
 
 def resume(
@@ -164,22 +303,44 @@ def resume(
     run: str = "",
     *,
     detach: bool = False,
+    reach: Reach = reach_nobody,
+    beside: Sequence[str] = (),
     on_line: OnLine = print,
     say: Say = print,
 ) -> str:
-    """Let a run that ended go on from its newest checkpoint, as it was begun; follow it. Its id."""
+    """Let a run that ended go on from its newest checkpoint, as it was begun; follow it. Its id.
+
+    One over several machines goes on on all of them: `reach` finds them. `beside`: machines that the person named, too.
+    """
     runs, run = find_run(host, machine, run)
-    for other in runs.active:
-        if other != run:
-            raise already_training(host, other)
-    match start_run(host, runs.folder, run, machine.user.name):
-        case "missing":
-            raise no_such_run(host, run)
-        case "running":
-            say(f"{run} is at work already")
-        case _:
-            say(f"{run} goes on, on {host.name}")
-    return run if detach else follow_run(host, runs.folder, run, on_line=on_line, say=say)
+    names = runs.hosts.get(run, ())
+    if not leads(host, runs, run):
+        if names[0] not in beside:
+            demand_leader(host, runs, run, "resume")
+        say(f"{run} is led by {names[0]}, which begins it here, too.")
+        return run
+    with ExitStack() as stack:
+        others = [stack.enter_context(reach(name)) for name in names[1:]]
+        crew = (host, *others)
+        for other in runs.active:
+            if other != run:
+                raise already_training(host, other)
+        nodes = []
+        if others:
+            demand_free(others, run)
+        if others and run not in runs.active:
+            end_all(others, runs.folder, run)  # they may wait for this one where it was before
+            nodes = meet(crew)
+        match start_all(crew, runs.folder, run, nodes):
+            case "missing":
+                raise no_such_run(host, run)
+            case "running":
+                say(f"{run} is at work already")
+            case _:
+                say(f"{run} goes on, on {', '.join(each.name for each in crew)}")
+        if detach:
+            return run
+        return follow_run(host, runs.folder, run, on_line=on_line, say=say, others=others)
 
 
 def stop(
@@ -188,25 +349,50 @@ def stop(
     run: str = "",
     *,
     now: bool = False,
+    reach: Reach = reach_nobody,
     on_line: OnLine = print,
     say: Say = print,
 ) -> str:
-    """End a run: it saves, and this waits for it. `now`: without saving; what follows the last checkpoint is lost."""
+    """End a run: it saves, and this waits for it. `now`: without saving; what follows the last checkpoint is lost.
+
+    One over several machines ends on all: `reach` finds the others, whose units learn first that it is to end.
+    """
     runs, run = find_run(host, machine, run)
     offset = last_lines_offset(host, runs.folder.run(run), lines=0)
-    match stop_run(host, runs.folder, run, now=now):
-        case "missing":
-            raise no_such_run(host, run)
-        case "ended":
-            say(f"{run} on {host.name} has ended already.")
-            return run
-        case "ended-now":
-            say(f"{run} on {host.name} was ended; it goes on from its last checkpoint with resume.")
-            return run
-    say(f"{run}: it saves, then ends; waiting for that")
-    folder = runs.folder.run(run)
+    with crew_of(host, runs, run, reach, (), say) as others:
+        if now:
+            end_all(others, runs.folder, run)
+        elif others:
+            on_all(others, lambda other: mark_stopped(other, runs.folder, run))
+        match stop_run(host, runs.folder, run, now=now):
+            case "missing":
+                raise no_such_run(host, run)
+            case "ended":
+                say(f"{run} on {host.name} has ended already.")
+            case "ended-now":
+                say(f"{run} on {host.name} was ended; it goes on from its last checkpoint with resume.")
+            case _:
+                say(f"{run}: it saves, then ends; waiting for that")
+                wait_for_end(host, runs.folder, run, offset, on_line=on_line)
+                say(f"{run} has ended, saved. fab -H {host.name} resume --run {run} lets it go on.")
+        for other in others:  # they end with the first; one that waited for it does so now
+            if stop_run(other, runs.folder, run, now=False) == "stopping":
+                wait_for_end(other, runs.folder, run)
+    return run
+
+
+def wait_for_end(
+    host: Host, folder: Folder, run: str, offset: int | None = None, *, on_line: OnLine = ignore
+) -> None:
+    """Of a run that was told to stop. Raises ProvisionError where it fails instead."""
+    path = folder.run(run)
     code = host.follow(
-        folder / "log", unit_of(run), on_line=on_line, deadline_s=1200, offset=offset, as_root=False
+        path / "log",
+        unit_of(run),
+        on_line=on_line,
+        deadline_s=1200,
+        offset=last_lines_offset(host, path, lines=0) if offset is None else offset,
+        as_root=False,
     )
     if code:
         raise ProvisionError(
@@ -214,8 +400,6 @@ def stop(
             "its checkpoints of before are whole.",
             f"fab -H {host.name} logs --run {run}",
         )
-    say(f"{run} has ended, saved. fab -H {host.name} resume --run {run} lets it go on.")
-    return run
 
 
 def logs(host: Host, machine: Machine, run: str = "", lines: int = 50, *, on_line: OnLine = print) -> str:
@@ -232,58 +416,12 @@ def logs(host: Host, machine: Machine, run: str = "", lines: int = 50, *, on_lin
     return run
 
 
-def follow_run(host: Host, folder: Folder, run: str, *, on_line: OnLine, say: Say) -> str:
-    """Hand out the log from its last lines on, to the end of the run."""
-    path = folder.run(run)
-    last: deque[str] = deque(maxlen=LAST_LINES)
-
-    def line(text: str) -> None:
-        last.append(text)
-        on_line(text)
-
-    try:
-        code = host.follow(
-            path / "log",
-            unit_of(run),
-            on_line=line,
-            deadline_s=None,
-            offset=last_lines_offset(host, path),
-            as_root=False,
-        )
-    except KeyboardInterrupt:
-        say(
-            f"\n{run} goes on training on {host.name}. fab -H {host.name} attach follows it again;\n"
-            f"fab -H {host.name} stop ends it (it saves first)."
-        )
-        raise
-    if code:
-        raise ProvisionError(
-            f"{run} on {host.name} failed with status {code}:\n" + "\n".join(f"  {text}" for text in last),
-            f"The whole log: fab -H {host.name} logs --run {run} --lines 1000; "
-            f"once the reason is gone: fab -H {host.name} resume --run {run}",
-        )
-    return run
-
-
-def last_lines_offset(host: Host, folder: PurePosixPath, lines: int = LAST_LINES) -> int:
-    """Where the last lines of a run's log begin, in bytes. Raises ProvisionError where there is no such run."""
-    script = variables(log=folder / "log", lines=lines) + (
-        '[ -r "$log" ] || exit 3\n'
-        'size=$(stat -c %s -- "$log")\n'
-        'kept=0; [ "$lines" = 0 ] || kept=$(head -c "$size" -- "$log" | tail -n "$lines" | wc -c)\n'
-        "echo $((size - kept))"
-    )
-    result = host.run(script, as_root=False, check=False)
-    if result.code:
-        raise no_such_run(host, folder.name)
-    return int(result.stdout)
-
-
 def sample(
     host: Host, machine: Machine, prompt: str, run: str = "", tokens: int = 200, *, say: Say = print
 ) -> str:
     """Let a run's best model go on from a prompt, there. Beside a run at work it takes the processor, not its GPU."""
     runs, run = find_run(host, machine, run)
+    demand_leader(host, runs, run, "sample")
     command = ["-m", "workload", "sample", str(runs.folder.run(run)), "--prompt", prompt]
     command += ["--tokens", str(tokens), *(["--device", "cpu"] if runs.active else [])]
     say(run_workload(host, runs.folder, run, command))
@@ -301,6 +439,7 @@ def report(
 ) -> Path:
     """Have a run's report made anew there, bring it to `home`/RUN/report.html; its path. `show` opens its URL."""
     runs, run = find_run(host, machine, run)
+    demand_leader(host, runs, run, "report")
     folder = runs.folder.run(run)
     html = run_workload(host, runs.folder, run, ["-m", "workload", "report", str(folder)], then="report.html")
     path = home / run / "report.html"
@@ -349,3 +488,7 @@ def remove(host: Host, machine: Machine, run: str, *, yes: bool = False, ask: As
             raise ProvisionError(f"{run} is at work on {host.name}.", f"fab -H {host.name} stop --run {run}")
         case [_, size]:
             say(f"{run} is gone from {host.name}: {human(int(size))} are free again.")
+            if others := [name for name in runs.hosts.get(run, ()) if name != host.name]:
+                say(
+                    f"Its part on {', '.join(others)} is still there: fab -H {','.join(others)} remove --run {run}"
+                )

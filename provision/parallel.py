@@ -4,6 +4,9 @@ Fabric's own executor takes one machine after the other, and one that fails keep
 gives each machine a thread, a log file and, on a terminal, a live line; with several tasks, each machine goes on to
 the next by itself. With one machine it is Fabric's.
 
+`train` is for all of them together: one run over the machines, which the first one leads. It is done once, when every
+machine is through with the tasks before it; `--each` makes it a run on each.
+
 Nobody can be asked anything by several machines at once: what would be a question is an error that names the option.
 """
 
@@ -12,10 +15,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -32,8 +36,10 @@ from rich.style import StyleType
 from rich.table import Table
 from rich.text import Text
 
+from provision.crew import reach_nobody
 from provision.dial import Confirm
 from provision.errors import ProvisionError
+from provision.host import Host
 from provision.machine import load_machine, machines_folder, state_folder
 from provision.person import Ask, ask_nobody, ask_person, confirm_person
 
@@ -42,6 +48,7 @@ OF_ONE_MACHINE = (
     "address",
     "resume",
 )  # options that are about one machine only; --name of inspect, too
+TOGETHER = "train"  # the task that several machines do as one, unless it is to be --each
 SHOWN = (
     "plan",
     "disks",
@@ -56,12 +63,17 @@ LOG_WIDTH = 160  # columns, where no terminal sets them
 
 @dataclass(frozen=True)
 class Screen:
-    """Where the output of one machine goes, and who answers its questions (`confirm` None: nobody can)."""
+    """Where the output of one machine goes, and who answers its questions (`confirm` None: nobody can).
+
+    `beside`: the other machines that the person named. `reach`: a session to a machine, by its name.
+    """
 
     console: Console
     say: Callable[[str], None] = print
     ask: Ask = ask_person
     confirm: Confirm | None = confirm_person
+    beside: tuple[str, ...] = ()
+    reach: Callable[[str], Host] = reach_nobody
 
 
 ALONE = Screen(Console())
@@ -220,7 +232,8 @@ class RowConsole(Console):
 
 def screen_of(board: Board, row: Row) -> Screen:
     console = RowConsole(board, row)
-    return Screen(console, lambda text: print(text, file=console.file), ask_nobody, None)
+    beside = tuple(other.name for other in board.rows if other is not row)
+    return Screen(console, lambda text: print(text, file=console.file), ask_nobody, None, beside)
 
 
 def run_all(board: Board, work: Mapping[str, Callable[[], object]]) -> int:
@@ -336,6 +349,9 @@ def load_serials(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+Chains = dict[str, list[tuple[ConnectionCall, fabric.Connection]]]  # machine → its tasks in order
+
+
 class Executor(fabric.Executor):  # type: ignore[misc]
     """Fabric's, with several machines at once. Set as `fabric.main.program.executor_class` by the fabfile."""
 
@@ -353,17 +369,16 @@ class Executor(fabric.Executor):  # type: ignore[misc]
             calls = self.by_machine(tasks)
         except ProvisionError as error:
             raise Exit(f"\nerror: {error.message}\n{error.hint}", 1) from None
-        titles = list(dict.fromkeys(call.task.name for chain in calls.values() for call, _ in chain))
-        now = f"{datetime.now():%Y%m%d-%H%M%S}-fab-{'-'.join(titles)}.log"
-        rows = [Row(name, state_folder(name) / now) for name in calls]
-        board = Board(rows, output(), whole=any(title in SHOWN for title in titles))
-        if code := run_all(board, {name: chained(chain) for name, chain in calls.items()}):
-            raise Exit(code=code)
+        for together, chains in phases(calls):
+            if together:
+                run_together(chains)
+            else:
+                run_apart(chains)
         return {}
 
-    def by_machine(self, tasks: Sequence[Any]) -> dict[str, list[tuple[ConnectionCall, fabric.Connection]]]:
+    def by_machine(self, tasks: Sequence[Any]) -> Chains:
         """machine → its calls, each with its Connection, the options shared out. Raises ProvisionError."""
-        chains: dict[str, list[tuple[ConnectionCall, fabric.Connection]]] = {}
+        chains: Chains = {}
         for call in self.expand_calls(self.normalize(tasks)):
             self.config.load_collection(self.collection.configuration(call.called_as))
             self.config.load_shell_env()
@@ -373,11 +388,47 @@ class Executor(fabric.Executor):  # type: ignore[misc]
         serials: dict[str, tuple[str, ...]] = {}
         for name, chain in chains.items():
             for call, _ in chain:
-                demand_common(call.kwargs, list(chains), call.task.name)
+                if not is_together(call):
+                    demand_common(call.kwargs, list(chains), call.task.name)
                 if wipe := call.kwargs.get("wipe"):
                     serials = serials or load_serials(chains)
                     call.kwargs["wipe"] = share_wipe(wipe, serials).get(name, "")
         return chains
+
+
+def is_together(call: ConnectionCall) -> bool:
+    return bool(call.task.name == TOGETHER and not call.kwargs.get("each"))
+
+
+def phases(calls: Chains) -> Iterator[tuple[bool, Chains]]:
+    """What is done one after another: one task together, or a part of the chains that each machine does by itself."""
+    done = 0
+    for together, part in groupby(next(iter(calls.values())), lambda step: is_together(step[0])):
+        count = len(list(part))
+        for length in [1] * count if together else [count]:
+            yield together, {name: chain[done : done + length] for name, chain in calls.items()}
+            done += length
+
+
+def run_together(calls: Chains) -> None:
+    """One task, once, for all the machines, on the first one's connection; it finds the others on its screen."""
+    name, *beside = calls
+    ((call, context),) = calls[name]
+    token = CURRENT.set(replace(screen(), beside=tuple(beside)))
+    try:
+        call.task(context, *call.args, **call.kwargs)
+    finally:
+        CURRENT.reset(token)
+
+
+def run_apart(calls: Chains) -> None:
+    """Every machine's part at the same time. Raises Exit when one of them failed."""
+    titles = list(dict.fromkeys(call.task.name for chain in calls.values() for call, _ in chain))
+    now = f"{datetime.now():%Y%m%d-%H%M%S}-fab-{'-'.join(titles)}.log"
+    rows = [Row(name, state_folder(name) / now) for name in calls]
+    board = Board(rows, output(), whole=any(title in SHOWN for title in titles))
+    if code := run_all(board, {name: chained(chain) for name, chain in calls.items()}):
+        raise Exit(code=code)
 
 
 def chained(chain: Sequence[tuple[ConnectionCall, fabric.Connection]]) -> Callable[[], None]:

@@ -1,7 +1,7 @@
 """Before a run: one exec that sees whether the machine can train, and what a person does where it cannot."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from provision.errors import ProvisionError
@@ -27,6 +27,7 @@ for id in "$folder"/runs/*/id; do
   run=${id%/id}
   [ -e "$id" ] || continue
   echo "last ${run##*/}"
+  [ ! -e "$run/hosts" ] || echo "hosts ${run##*/} $(head -c 2000 "$run/hosts")"
   [ ! -e "$run/status" ] || continue
   case "$(systemctl is-active "metal-run-${run##*/}.service" || true)" in
     active|activating|deactivating|reloading)
@@ -62,6 +63,7 @@ class Runs:
     folder: Folder
     active: dict[str, str]  # run id → hash of its command, see `jobs.command_id`
     last: str  # the run that was begun last (ids sort by time), "" where there is none
+    hosts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of those over several machines
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,18 @@ class Seen:
 
 def parse_runs(text: str) -> Runs:
     folder, active, last = "", {}, ""
+    hosts: dict[str, tuple[str, ...]] = {}
     for line in text.splitlines():
         match line.split(" ", 2):
             case ["folder", *path]:
                 folder = " ".join(path)
             case ["last", run]:
                 last = run
+            case ["hosts", run, names]:
+                hosts[run] = tuple(names.split())
             case ["active", run, command]:
                 active[run] = command
-    return Runs(Folder(PurePosixPath(folder)), active, last)
+    return Runs(Folder(PurePosixPath(folder)), active, last, hosts)
 
 
 def parse_seen(text: str) -> Seen:

@@ -4,6 +4,9 @@
       script                what the unit does: prepares data where it is wanted, then trains
       unit                  WRAPPER below: runs it, and decides whether it is to be started again
       id                    which start this is: "TOKEN SCRIPT-HASH"
+      hosts                 of a run over several machines their names; the first has checkpoints, metrics and the log
+      node                  of such a run this machine's place in it, see meet.py
+      reached               on its other machines: the newest checkpoint that the first one has
       log                   all that was printed, by all its starts
       tries                 "N CHECKPOINT": starts since that checkpoint was the newest
       reserve               room for the last words where the disk is full
@@ -26,6 +29,7 @@ from provision.errors import ProvisionError
 from provision.host import Host
 from provision.system.python import ENVIRONMENT
 from provision.units import script_id, variables
+from workload.launch import ELSEWHERE
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
 PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_.@-]+)+")  # what needs no quoting in a unit file
@@ -36,7 +40,8 @@ GAVE_UP = 200  # exit status of a unit that is not to be started again
 # Not restarted: what ended well, what a person stopped, and a run whose first start failed by itself before its
 # first step, for it would fail again. The signal goes to the whole control group, so the trainer has it too; bash
 # waits for it before it takes its own. A machine that goes down stops its units as well: such a run has not ended,
-# and where the manager gives no answer any more, it is going down.
+# and where the manager gives no answer any more, it is going down. Of a run over several machines all trainers end
+# when one does; those that were not meant are started again and wait for it.
 WRAPPER = r"""#!/bin/bash
 export LC_ALL=C
 cd "$1" || exit
@@ -62,6 +67,7 @@ fi
 for manifest in checkpoints/step-*/manifest.json; do
   [ ! -e "$manifest" ] || { newest=${manifest%/*}; newest=${newest##*/}; }
 done
+[ "$newest" != none ] || read -r newest 2>/dev/null <reached
 read -r tries since 2>/dev/null <tries
 [ "$since" = "$newest" ] || tries=0
 tries=$((tries + 1))
@@ -73,31 +79,34 @@ if [ "$tries" -gt "$most" ]; then
 fi
 [ "$tries" = 1 ] || say "start $tries of $most since checkpoint $newest"
 bash --norc --noprofile -euo pipefail script >>log 2>&1 </dev/null || code=$?
-if [ "$asked" ]; then
+why="ended with status $code"
+[ "$code" != "$elsewhere" ] || why='another machine of this run was lost or stopped'
+if [ "$asked" ] || { [ "$code" = "$elsewhere" ] && [ -e stop ]; }; then
   if [ ! -e stop ]; then
     case "$(systemctl is-system-running 2>/dev/null)" in
       running|degraded|starting|initializing|maintenance) ;;
       *) say 'the machine goes down; the run goes on after its boot'; exit "$code";;
     esac
   fi
-  [ "$code" != 143 ] || code=0
+  case $code in 143|"$elsewhere") code=0;; esac
   finish "$code"
 elif [ "$code" = 0 ]; then
   finish 0
 elif full; then
   rm -f reserve
-  say "ended with status $code: the disk is full; not started again. Make room, then resume it"
+  say "$why: the disk is full; not started again. Make room, then resume it"
   finish "$code"
   code=$gave_up
-elif [ "$newest" = none ] && [ "$code" -lt 128 ] && [ ! -s metrics.jsonl ]; then
+elif [ "$newest" = none ] && [ "$code" -lt 128 ] && [ "$code" != "$elsewhere" ] &&
+    [ ! -s metrics.jsonl ] && [ ! -s reached ]; then
   finish "$code"
   code=$gave_up
 elif [ "$tries" -ge "$most" ]; then
-  say "ended with status $code, for the ${tries}th time since checkpoint $newest; not started again"
+  say "$why, for the ${tries}th time since checkpoint $newest; not started again"
   finish "$code"
   code=$gave_up
 else
-  say "ended with status $code; starting again in $pause s"
+  say "$why; starting again in $pause s"
 fi
 exit "$code"
 """
@@ -150,6 +159,12 @@ else
   [ -r script ] || { echo missing; exit; }
 fi
 printf '%s' "$wrapper" >unit
+if [ "$node" ]; then
+  printf '%s' "$node" >node
+  printf '%s\n' "$hosts" >hosts
+elif [ "$script" ]; then
+  rm -f node hosts
+fi
 : >>log
 rm -f status stop tries
 printf '%s\n' "$token" >id
@@ -246,9 +261,16 @@ def new_run_id(name: str, now: datetime) -> str:
 
 
 def train_script(
-    folder: Folder, source: str, run: str, arguments: Sequence[str], prepare: Sequence[str] = ()
+    folder: Folder,
+    source: str,
+    run: str,
+    arguments: Sequence[str],
+    prepare: Sequence[str] = (),
+    hosts: Sequence[str] = (),
 ) -> str:
     """What the unit runs. `prepare`: arguments of `workload prepare`, whose last is the folder to make.
+
+    `hosts`: of a run over several machines their names. The script is the same on all; `node` beside it differs.
 
     `exec`, so that the signal that stops the unit reaches Python itself. Python by its real path: a new environment
     may take the link's place while the run still imports.
@@ -267,7 +289,11 @@ def train_script(
             f'  "$python" {join(["-m", "workload", "prepare", *prepare])}',
             "fi",
         ]
-    lines.append(f'exec "$python" {join(["-m", "workload", "train", "--out", str(out), *arguments])}')
+    train = join(["-m", "workload", "train", "--out", str(out), *arguments])
+    if hosts:
+        lines.append(f". ./node  # of {' '.join(hosts)}")
+        train += ' --nnodes "$nodes" --node-rank "$rank" --rendezvous "$meet"'
+    lines.append(f'exec "$python" {train}')
     return "\n".join(lines) + "\n"
 
 
@@ -283,8 +309,20 @@ def render_service(run: str, folder: PurePosixPath, user: str) -> str:
     )
 
 
-def start_run(host: Host, folder: Folder, run: str, user: str, script: str = "") -> str:
-    """`started`; `running` where it is at work already; `missing` where there is no such run and no script."""
+def start_run(
+    host: Host,
+    folder: Folder,
+    run: str,
+    user: str,
+    script: str = "",
+    *,
+    node: str = "",
+    hosts: Sequence[str] = (),
+) -> str:
+    """`started`; `running` where it is at work already; `missing` where there is no such run and no script.
+
+    `node`, `hosts`: of a run over several machines this one's place, and their names.
+    """
     path = folder.run(run)
     values = variables(
         folder=path,
@@ -293,14 +331,22 @@ def start_run(host: Host, folder: Folder, run: str, user: str, script: str = "")
         script=script_id(script) if script else "",
         wrapper=render_wrapper(),
         service=render_service(run, path, user),
+        node=node,
+        hosts=" ".join(hosts),
     )
-
     return host.run_again(values + START, stdin=script.encode(), as_root=False).stdout.strip()
 
 
 def render_wrapper() -> str:
     first, rest = WRAPPER.split("\n", 1)
-    return f"{first}\n{variables(most=TRIES, pause=RESTART_S, gave_up=GAVE_UP)}{rest}"
+    values = variables(most=TRIES, pause=RESTART_S, gave_up=GAVE_UP, elsewhere=ELSEWHERE)
+    return f"{first}\n{values}{rest}"
+
+
+def mark_stopped(host: Host, folder: Folder, run: str) -> None:
+    """A person wants the run to end: when its trainer does, its unit does not start it again."""
+    script = '[ ! -e "$folder/id" ] || [ -e "$folder/status" ] || : >"$folder/stop"'
+    host.run(variables(folder=folder.run(run)) + script, as_root=False)
 
 
 def stop_run(host: Host, folder: Folder, run: str, *, now: bool) -> str:

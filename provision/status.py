@@ -29,6 +29,8 @@ for run in "$folder"/runs/*/; do
   cd "$run"
   run=${run%/}
   echo "run ${run##*/}"
+  [ ! -e hosts ] || echo "hosts $(head -c 2000 hosts)"
+  [ ! -e reached ] || echo "reached $(head -c 100 reached)"
   echo "unit $(systemctl is-active "metal-run-${run##*/}.service" || true)"
   [ ! -e status ] || echo "status $(head -c 20 status)"
   [ ! -e stop ] || echo "stop"
@@ -74,11 +76,11 @@ def show_runs(host: Host, machine: Machine) -> RenderableType:
     """One exec."""
     demand_installed(host)
     values = variables(user=machine.user.name, name=machine.train.folder, cards=CARDS)
-    return render_status(machine.name, parse_status(host.look(values + TABLE).stdout))
+    return render_status(machine.name, parse_status(host.look(values + TABLE).stdout, machine.name))
 
 
-def parse_status(text: str) -> Status:
-    """What TABLE printed. Half a line of JSON is taken for none."""
+def parse_status(text: str, name: str = "") -> Status:
+    """What TABLE printed on machine `name`. Half a line of JSON is taken for none."""
     free_bytes, cards, found = 0, [], list[dict[str, str]]()
     for line in text.splitlines():
         word, _, rest = line.partition(" ")
@@ -90,12 +92,13 @@ def parse_status(text: str) -> Status:
             found.append({"run": rest})
         elif found:
             found[-1][word] = rest
-    return Status(tuple(parse_row(facts) for facts in found), free_bytes, tuple(cards))
+    return Status(tuple(parse_row(facts, name) for facts in found), free_bytes, tuple(cards))
 
 
-def parse_row(facts: dict[str, str]) -> Row:
+def parse_row(facts: dict[str, str], name: str) -> Row:
     step, score, state = (load_object(facts.get(name, "")) for name in ("step", "eval", "state"))
-    done = int(step.get("step", state.get("step", 0)))
+    reached = facts.get("reached", "").removeprefix("step-")
+    done = int(step.get("step", state.get("step", reached if reached.isdecimal() else 0)))
     planned = number(state.get("steps")) or number(facts.get("config", "").partition("=")[2])
     steps = None if planned is None else int(planned)
     pace, tokens = number(step.get("tokens_per_s")), number(step.get("tokens"))
@@ -105,7 +108,7 @@ def parse_row(facts: dict[str, str]) -> Row:
         eta_s = (steps - done) * tokens / done / pace
     return Row(
         run=facts["run"],
-        state=describe_state(facts, done, steps),
+        state=describe_state(facts, done, steps) + describe_others(facts.get("hosts", "").split(), name),
         step=done,
         steps=steps,
         loss=number(step.get("loss")),
@@ -129,6 +132,14 @@ def describe_state(facts: dict[str, str], step: int, steps: int | None) -> str:
     if status.strip() != "0":
         return f"failed ({status.strip()})"
     return "done" if steps is not None and step >= steps else "stopped"
+
+
+def describe_others(hosts: Sequence[str], name: str) -> str:
+    """Of a run over several machines, the first of which has all that there is to see."""
+    if not hosts:
+        return ""
+    others = [host for host in hosts if host != name]
+    return f", with {' '.join(others)}" if hosts[0] == name else f", led by {hosts[0]}"
 
 
 def describe_sensors(step: dict[str, Any]) -> str:

@@ -73,7 +73,7 @@ while :; do sleep 1000 & wait $!; done
 """
 
 CONFIG = """
-ListenAddress 127.0.0.1
+ListenAddress {address}
 Port {port}
 HostKey {folder}/host_key
 PidFile {folder}/sshd.pid
@@ -110,7 +110,10 @@ def wait_for(condition: Callable[[], bool], what: str, deadline_s: float = 20) -
 
 
 class Sshd:
-    """The server, its keys and its machine. `password`: root's, "" for none. `shell`: that of the user."""
+    """The server, its keys and its machine. `password`: root's, "" for none. `shell`: that of the user.
+
+    It listens on `address`, in the network namespace `netns` where one is named (`ip netns add`).
+    """
 
     def __init__(
         self,
@@ -119,11 +122,14 @@ class Sshd:
         shell: str = "/bin/bash",
         password: str = "",
         sudoer: str = f"{USER} ALL=(ALL) NOPASSWD: ALL",
+        address: str = "127.0.0.1",
+        netns: str = "",
     ) -> None:
         if os.geteuid() != 0:
             pytest.skip("needs root: the private sshd lives in namespaces of its own")
         assert shutil.which("sshd", path="/usr/sbin:/usr/bin"), "there is no sshd: install openssh-server"
         self.folder = folder
+        self.address = address
         self.extra_config = ""
         folder.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
@@ -145,9 +151,11 @@ class Sshd:
             "base": sys.base_prefix,
         }
         assignments = "".join(f"{name}={shlex.quote(str(value))}\n" for name, value in settings.items())
+        within = ["ip", "netns", "exec", netns] if netns else []
+        first = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c"]
         with (folder / "setup.log").open("wb") as log:
             self.holder = subprocess.Popen(
-                ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c", assignments + SETUP],
+                [*within, *first, assignments + SETUP],
                 stdin=subprocess.DEVNULL,
                 stderr=log,
                 start_new_session=True,
@@ -171,7 +179,7 @@ class Sshd:
     def inside(self, *argv: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the namespaces, as root, past SSH."""
         return subprocess.run(
-            ["nsenter", "-t", str(self.init), "-m", "-p", "--", *argv],
+            ["nsenter", "-t", str(self.init), "-m", "-p", "-n", "--", *argv],
             capture_output=True,
             text=True,
             check=False,
@@ -180,7 +188,7 @@ class Sshd:
     # The server
 
     def start(self) -> None:
-        config = CONFIG.format(port=self.port, folder=self.folder) + self.extra_config
+        config = CONFIG.format(port=self.port, folder=self.folder, address=self.address) + self.extra_config
         (self.folder / "sshd_config").write_text(config)
         done = self.inside(
             "/usr/sbin/sshd", "-f", str(self.folder / "sshd_config"), "-E", str(self.folder / "sshd.log")
@@ -190,7 +198,7 @@ class Sshd:
 
     def _listens(self) -> bool:
         with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+            return probe.connect_ex((self.address, self.port)) == 0
 
     def stop_listening(self) -> None:
         """End the server and every session; what runs detached on the machine goes on."""
@@ -247,7 +255,7 @@ class Sshd:
         folder.mkdir(exist_ok=True)
         (folder / f"{name}.toml").write_text(
             f'[disk]\nserial = "none"\n[user]\nauthorized_keys = ["{self.public_key}"]\n'
-            f'[ssh]\naddress = "127.0.0.1"\nport = {port or self.port}\n'
+            f'[ssh]\naddress = "{self.address}"\nport = {port or self.port}\n'
         )
         machine = load_machine(name, folder)
         return (

@@ -34,7 +34,16 @@ def test_every_verb_works_on_several_machines(tmp_path: Path) -> None:
                 assert any(of in line for line in said), done.stdout
 
         each("runs", of="No run on")
-        each("train", "--name", "both", "--set", "train.steps=5000", "--detach", of="-both has started on")
+        each(
+            "train",
+            "--each",
+            "--name",
+            "both",
+            "--set",
+            "train.steps=5000",
+            "--detach",
+            of="-both has started on",
+        )
         for server in servers.values():
             wait_for(
                 lambda s=server: bool(list(s.path("/run/home/ml/metal/runs").glob("*/checkpoints/latest"))),

@@ -26,7 +26,8 @@ from workload.errors import WorkloadError
 
 FOLDER = "WORKLOAD_RANKS"  # environment: where each rank says its pid, and that it ended well
 ENDED_WELL = "0"
-ENDED_ELSEWHERE = "elsewhere"
+STOPPED_ELSEWHERE = "stopped"  # and saved, as another machine was told to stop
+LOST_OTHERS = "lost"
 ELSEWHERE = (
     75  # exit status, sysexits.h's "try again": another machine was lost or told to stop, this one was not
 )
@@ -139,8 +140,11 @@ def exit_status(ended: Sequence[str], torchrun: int, *, told: bool, nodes: Nodes
         return 0
     if told and not ended:
         return 128 + signal.SIGTERM
-    if not told and nodes.count > 1 and all(text in (ENDED_WELL, ENDED_ELSEWHERE) for text in ended):
-        return ELSEWHERE
+    if nodes.count > 1 and all(text in (ENDED_WELL, STOPPED_ELSEWHERE, LOST_OTHERS) for text in ended):
+        if not told:
+            return ELSEWHERE
+        if LOST_OTHERS not in ended:
+            return 0
     return max(1, torchrun)
 
 
@@ -149,7 +153,7 @@ class Rank:
     """What a rank knows of how it is to end."""
 
     asked_s: float = 0.0  # when it was told to stop; 0: it was not
-    elsewhere: bool = False  # set by who finds that another machine's ranks were
+    stopped_elsewhere: bool = False  # set by who finds that another machine's ranks were
 
     def should_stop(self) -> bool:
         return self.asked_s > 0
@@ -177,12 +181,11 @@ def rank_of_launch(environ: Mapping[str, str]) -> Iterator[Rank]:
     try:
         yield rank
     except OthersLost:
-        rank.elsewhere = True
+        if mine is not None:
+            mine.write_text(LOST_OTHERS)
         raise
-    finally:
-        well = sys.exc_info()[0] is None
-        if mine is not None and (well or rank.elsewhere):
-            mine.write_text(ENDED_ELSEWHERE if rank.elsewhere else ENDED_WELL)
+    if mine is not None:
+        mine.write_text(STOPPED_ELSEWHERE if rank.stopped_elsewhere else ENDED_WELL)
 
 
 def _read(folder: Path) -> list[str]:

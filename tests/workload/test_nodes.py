@@ -3,23 +3,27 @@
 tests/transport/test_crew.py has the rest: real torchrun between two network namespaces.
 """
 
+import os
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from workload.errors import WorkloadError
 from workload.launch import (
     ELSEWHERE,
-    ENDED_ELSEWHERE,
     ENDED_WELL,
     FOLDER,
+    LOST_OTHERS,
+    STOPPED_ELSEWHERE,
     Nodes,
     OthersLost,
     checked_nodes,
     exit_status,
     rank_of_launch,
 )
-from workload.parallel import name_tokens, read_world
+from workload.parallel import World, demand_same, name_tokens, read_world
 from workload.prepare import find_shards
 
 TWO = Nodes(2, 1, "10.0.0.1:29400")
@@ -52,10 +56,12 @@ def test_torchrun_says_how_many_machines_there_are() -> None:
     [
         ([ENDED_WELL, ENDED_WELL], False, TWO, 0),
         ([ENDED_WELL], True, TWO, 0),
-        ([ENDED_ELSEWHERE, ENDED_WELL], False, TWO, ELSEWHERE),
-        (["4711", ENDED_ELSEWHERE], False, TWO, 1),  # one of its own ranks died
-        ([ENDED_ELSEWHERE], False, Nodes(), 1),
-        ([ENDED_ELSEWHERE], True, TWO, 1),  # told to stop and could not save
+        ([STOPPED_ELSEWHERE, ENDED_WELL], False, TWO, ELSEWHERE),
+        ([STOPPED_ELSEWHERE], True, TWO, 0),  # told, too, when it had saved already
+        ([LOST_OTHERS], False, TWO, ELSEWHERE),
+        ([LOST_OTHERS], True, TWO, 1),  # told to stop and could not save
+        (["4711", LOST_OTHERS], False, TWO, 1),  # one of its own ranks died
+        ([LOST_OTHERS, "4711"], False, Nodes(), 1),
         ([], False, TWO, ELSEWHERE),  # the others did not come
         ([], True, TWO, 143),
         ([], False, Nodes(), 1),
@@ -69,11 +75,11 @@ def test_a_rank_says_how_it_ended(tmp_path: Path) -> None:
     environ = {FOLDER: str(tmp_path), "RANK": "0"}
     with rank_of_launch(environ) as rank:
         assert (tmp_path / "0").read_text().isdecimal()
-        rank.elsewhere = True
-    assert (tmp_path / "0").read_text() == ENDED_ELSEWHERE
+        rank.stopped_elsewhere = True
+    assert (tmp_path / "0").read_text() == STOPPED_ELSEWHERE
     with pytest.raises(OthersLost), rank_of_launch(environ):
         raise OthersLost("gone")
-    assert (tmp_path / "0").read_text() == ENDED_ELSEWHERE
+    assert (tmp_path / "0").read_text() == LOST_OTHERS
     with pytest.raises(WorkloadError), rank_of_launch(environ):
         raise WorkloadError("its own")
     assert (tmp_path / "0").read_text().isdecimal()
@@ -97,3 +103,35 @@ def test_other_tokens_have_another_name(tmp_path: Path) -> None:
         (shards[0] / "meta.json").unlink()
         assert name_tokens(shards[0]) == name_tokens(shards[1]), "the same files, listed nowhere"
     assert len(names) == 2
+
+
+def compare(rank: int, folder: Path, mine: str) -> None:
+    """A rank of two, in a process of its own."""
+    world = World(rank=rank, size=2, kind="ddp", machines=2)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        demand_same(world, {"tokens": mine, "torch": "2"})
+        said = "the same"
+    except WorkloadError as error:
+        said = error.message
+    (folder / str(rank)).write_text(said)
+    os._exit(0)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_what_differs_is_named_on_all_machines(tmp_path: Path) -> None:
+    for tokens, said in (
+        (("one", "one"), "the same"),
+        (("one", "other"), "the machines of this run differ: tokens other on"),
+    ):
+        folder = tmp_path / tokens[1]
+        folder.mkdir()
+        ranks = [
+            get_context("fork").Process(target=compare, args=(rank, folder, tokens[rank])) for rank in (0, 1)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(60)
+        for rank in (0, 1):
+            assert (folder / str(rank)).read_text().startswith(said)

@@ -126,7 +126,7 @@ def run_rank(arguments: argparse.Namespace) -> int:
         finished = run_training(arguments, world, rank.should_stop)
         world.any(False)  # nobody is done before rank 0 has written all there is
         # Else one machine of several would take for the end what is the reboot of another.
-        rank.elsewhere = world.machines > 1 and not finished and not rank.should_stop()
+        rank.stopped_elsewhere = world.machines > 1 and not finished and not rank.should_stop()
     return 0
 
 
