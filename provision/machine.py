@@ -29,7 +29,7 @@ from provision.layers import (
     stack_layers,
 )
 from provision.pins import ALIAS, parse_key
-from provision.rules import ONE_LINE, PACKAGE, SHELL, USER, Between, Rule
+from provision.rules import INTERPRETER, ONE_LINE, PACKAGE, REQUIREMENT, SHELL, URL, USER, Between, Rule
 from provision.secrets import HOW, REFERENCE, Secret
 from provision.templates import check_template
 
@@ -37,9 +37,6 @@ PACKAGED_DEFAULTS = Path(__file__).resolve().parent.parent / "machines" / "defau
 
 
 SERIAL = Rule(r"(\S([^\n]*\S)?)?", "a serial number or a name in /dev/disk/by-id, without blanks around it")
-URL = Rule(r"((https?|file)://\S+)?", "a URL")
-# Becomes an argument of pip and uv, where a first '-' would make it an option.
-REQUIREMENT = Rule(r"[A-Za-z0-9][^\n]*", "a requirement such as numpy>=1.26")
 
 
 @dataclass(frozen=True)
@@ -130,10 +127,15 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Python:
-    interpreter: Annotated[str, Rule(r"\d+\.\d+(\.\d+)?|/\S+", "a version such as 3.12, or an absolute path")]
+    """`lock` is a file's name, and once the machine file is read, by `own.read_locks`, its text."""
+
+    interpreter: Annotated[str, INTERPRETER]
+    interpreter_mirror: Annotated[str, URL]
     torch: Annotated[str, REQUIREMENT]
     torch_index: Annotated[str, URL]
     packages: Annotated[tuple[str, ...], REQUIREMENT]
+    lock: Annotated[str, own.SOURCE]
+    index: Annotated[str, URL]
     find_links: Annotated[str, URL]
     offline: bool
 
@@ -172,6 +174,7 @@ class Machine:
     sysctl: own.Sysctl
     wifi: own.Wifi
     aur: own.Aur
+    environments: own.Environments
 
 
 @dataclass(frozen=True)
@@ -266,14 +269,14 @@ def build_checked(name: str, folder: Path, unneeded: frozenset[tuple[str, str]])
     if not problems:
         machine = build_machine(name, stack.layers)
         files, unread = own.read_sources(machine.files, folder / "files")
-        machine = dataclasses.replace(machine, files=files)
+        machine, unlocked = with_locks(dataclasses.replace(machine, files=files), folder / "files")
         problems = [
             f"{locate(stack.layers, *keys)}: {text}"
             for keys, text in check_whole(machine)
             if keys not in unneeded
         ] + [
             f"{locate(stack.layers, *keys)}: {dotted(keys[:2])}: {text}"
-            for keys, text in (*unread, *check_own(machine))
+            for keys, text in (*unread, *unlocked, *check_own(machine))
         ]
         if not problems:
             return machine
@@ -283,6 +286,19 @@ def build_checked(name: str, folder: Path, unneeded: frozenset[tuple[str, str]])
         ),
         f"Every setting and its meaning: {PACKAGED_DEFAULTS}",
     )
+
+
+def with_locks(machine: Machine, folder: Path) -> tuple[Machine, list[own.Problem]]:
+    """The machine with the texts of its lock files, which lie below `folder`."""
+    named: dict[tuple[str, ...], str] = {("python", "lock"): machine.python.lock}
+    named |= {("environments", name, "lock"): wanted.lock for name, wanted in machine.environments.items()}
+    (text, *texts), problems = own.read_locks(named, folder)
+    environments = {
+        name: dataclasses.replace(wanted, lock=lock)
+        for (name, wanted), lock in zip(machine.environments.items(), texts, strict=True)
+    }
+    python = dataclasses.replace(machine.python, lock=text)
+    return dataclasses.replace(machine, python=python, environments=environments), problems
 
 
 def unknown_machine(name: str, folder: Path) -> ProvisionError:
@@ -537,6 +553,7 @@ def check_own(machine: Machine) -> Iterator[own.Problem]:
     yield from own.check_lines(machine.lines)
     yield from own.check_units(machine.units, wifi=bool(machine.wifi))
     yield from own.check_wifi(machine.wifi)
+    yield from own.check_environments(machine.environments)
     yield from own.check_ports("tcp", machine.firewall.tcp)
     yield from own.check_ports("udp", machine.firewall.udp)
     if (machine.firewall.tcp or machine.firewall.udp) and not machine.firewall.enabled:

@@ -10,7 +10,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
-from provision.rules import COMMIT, NAME, ONE_LINE, PACKAGE, PATH, SHELL, USER, Between, Rule
+from provision.rules import (
+    COMMIT,
+    INTERPRETER,
+    NAME,
+    ONE_LINE,
+    PACKAGE,
+    PATH,
+    REQUIREMENT,
+    SHELL,
+    USER,
+    Between,
+    Rule,
+)
 from provision.secrets import HOW, Secret
 
 NO_SECRET = Secret()
@@ -92,6 +104,15 @@ class WifiWanted:
 
 
 @dataclass(frozen=True)
+class EnvironmentWanted:
+    """A Python environment. `lock` is a file's name, and once the machine file is read, by `read_locks`, its text."""
+
+    requirements: Annotated[tuple[str, ...], REQUIREMENT] = ()
+    lock: Annotated[str, SOURCE] = ""
+    interpreter: Annotated[str, Rule(f"({INTERPRETER.pattern})?", INTERPRETER.meaning)] = ""
+
+
+@dataclass(frozen=True)
 class Sshd:
     hardened: bool
 
@@ -136,6 +157,7 @@ SCREEN_NAMES = ("screen.scale", "screen.dpi", "screen.font_size")
 
 Aur = Annotated[Mapping[str, AurWanted], PACKAGE]
 Wifi = Annotated[Mapping[str, WifiWanted], SSID]
+Environments = Annotated[Mapping[str, EnvironmentWanted], NAME]
 
 Problem = tuple[tuple[str, ...], str]  # (where in the machine file, what is wrong)
 
@@ -170,6 +192,29 @@ def read_sources(
                     (("files", path, "source"), f"{folder / wanted.source}: {reason}{listed}"[:380])
                 )
     return read, problems
+
+
+def read_locks(locks: Mapping[tuple[str, ...], str], folder: Path) -> tuple[list[str], list[Problem]]:
+    """The texts of lock files below `folder`, by where they are named ("" for none), and what of that cannot be."""
+    texts: list[str] = []
+    problems: list[Problem] = []
+    for where, name in locks.items():
+        texts.append("")
+        try:
+            texts[-1] = read_source(folder / name) if name else ""
+            if name and not texts[-1].strip():
+                raise ValueError("it is empty")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            problems.append((where, f"{folder / name}: {reason}"))
+    return texts, problems
+
+
+def check_environments(environments: Mapping[str, EnvironmentWanted]) -> Iterator[Problem]:
+    for name, wanted in environments.items():
+        if bool(wanted.lock) == bool(wanted.requirements):
+            both = "both requirements and" if wanted.lock else "neither requirements nor"
+            yield ("environments", name), f"has {both} a lock; expected one of them"
 
 
 def read_source(path: Path) -> str:

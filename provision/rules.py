@@ -27,3 +27,7 @@ SHELL = Rule(r"/\S+", "an absolute path")
 NAME = Rule(r"[a-z][a-z0-9_-]*", "a name of lower-case letters, digits, - and _")
 # Without blanks, '.' and '..': a path is a name here, and one thing must have one.
 PATH = Rule(r"(~?)(/(?!\.\.?(/|$))[^/\x00-\x20\x7f]+)+", "a path from / or ~/ on, without blanks, . and ..")
+URL = Rule(r"((https?|file)://\S+)?", "a URL")
+# Becomes an argument of pip and uv, where a first '-' would make it an option.
+REQUIREMENT = Rule(r"[A-Za-z0-9][^\n]*", "a requirement such as numpy>=1.26")
+INTERPRETER = Rule(r"\d+\.\d+(\.\d+)?|/\S+", "a version such as 3.12, or an absolute path")

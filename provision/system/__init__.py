@@ -41,7 +41,7 @@ from provision.system.own import (
     own_units,
     own_users,
 )
-from provision.system.python import python
+from provision.system.python import own_environments, python
 from provision.system.swap import swap
 from provision.system.timers import timers
 
@@ -78,6 +78,7 @@ CONCERNS: tuple[Concern, ...] = (
     # What the person adds, last: what is wrong in it leaves a machine that runs.
     own_groups,
     own_aur,
+    own_environments,
     own_users,
     own_files,
     own_lines,
