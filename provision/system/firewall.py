@@ -29,7 +29,7 @@ table inet metal {{
     ct state established,related accept
     ct state invalid drop
     iifname "lo" accept
-    meta l4proto {{ icmp, ipv6-icmp }} accept
+    meta l4proto {{ 1, 58 }} accept comment "ICMP, ICMPv6"
     udp sport 67 udp dport 68 accept comment "DHCP"
     ip6 saddr fe80::/10 udp dport 546 accept comment "DHCPv6"
     udp dport 5353 accept comment "mDNS: its own name"

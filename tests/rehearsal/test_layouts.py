@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from provision.pins import fingerprint_of, parse_key
-from provision.rehearsal.bed import NAME, Bed
+from provision.rehearsal.bed import Bed
 from provision.rehearsal.loop import Rehearsal, fab_command
 from provision.rehearsal.qemu import Disk
 from provision.rehearsal.vm import TPM_STATE
@@ -38,12 +38,12 @@ data = ["ARCHIVE0 /archive", "BLANK0 /scratch"]
 FOUND = "Found again"
 
 
-def installed(rehearsal: Rehearsal, script: str) -> str:
+def installed(rehearsal: Rehearsal, script: str, user: str = "ml") -> str:
     """What a script prints on the installed system, as its user, by OpenSSH with the pin that fab made."""
     known = rehearsal.machines / "known_hosts"
     options = [
         f"UserKnownHostsFile={known}",
-        f"HostKeyAlias={NAME}",
+        f"HostKeyAlias={rehearsal.name}",
         "StrictHostKeyChecking=yes",
         "BatchMode=yes",
     ]
@@ -58,7 +58,7 @@ def installed(rehearsal: Rehearsal, script: str) -> str:
     ]
     argv += [word for option in (*options, "LogLevel=ERROR") for word in ("-o", option)]
     done = subprocess.run(
-        [*argv, f"ml@{rehearsal.vm.ssh_address}", "sudo bash -euo pipefail"],
+        [*argv, f"{user}@{rehearsal.vm.ssh_address}", "sudo bash -euo pipefail"],
         input=script,
         capture_output=True,
         text=True,
