@@ -1,6 +1,6 @@
 """Every cut in every Step: hours. `make faults`, or a part of it:
 
-    python -m tests.faults [--kinds connection,process,power] [--stages live,installed] [--places N] [--sample K] [--minutes M] [--seed S]
+    python -m tests.faults [--kinds connection,process,power] [--stages live,installed] [--places N] [--only STEPS] [--sample K] [--minutes M] [--seed S]
 
 First one installation without a fault, for its Steps and for what came of it. Then one for each kind, cut again and
 again on its way. `--go-on` keeps the installations that an earlier call finished. Exit 1 where a machine was not
@@ -10,6 +10,7 @@ installed, differs from the undisturbed one, or where its password can be read a
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
             steps: dict[Stage, dict[str, float]] = reference.outcome.steps
             for kind in arguments.kinds:
                 cuts = plan_cuts(steps, kind, arguments.seed, arguments.stages, arguments.places)
+                cuts = [cut for cut in cuts if arguments.only.search(cut.step)]
                 if arguments.sample:
                     cuts = sample_cuts(cuts, arguments.sample, arguments.seed)
                 load(folder, kind) or install(bed, folder, kind, cuts, reference, arguments.minutes)
@@ -150,6 +152,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--stages", type=parse_stages, default=list(STAGES), help=f"of {', '.join(STAGES)}")
     parser.add_argument("--places", type=int, default=PLACES, help=f"cuts in a long Step (default {PLACES})")
+    parser.add_argument(
+        "--only", type=re.compile, default="", help="Steps whose name has this, a regular expression"
+    )
     parser.add_argument("--sample", type=int, default=0, help="so many cuts of each kind, by chance; 0: all")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="of cutting, each kind; then it goes on to its end"
