@@ -27,6 +27,9 @@ DAY_BEFORE = f"{STATE}/day-before-update"
 SETTLE = "metal-settle-update"
 SETTLE_UNIT = f"/etc/systemd/system/{SETTLE}.service"
 ONLINE_S = 300
+KEPT_MODULES = f"{STATE}/modules"  # of the kernel that runs, where there are no snapshots
+KEEP = "metal-keep-modules"
+KEEP_UNIT = f"/etc/systemd/system/{KEEP}.service"
 
 COMMON = f"""\
 before=/.snapshots/{BEFORE} kept=/boot/{BEFORE} entry=/boot/loader/entries/{BEFORE}.conf
@@ -115,13 +118,58 @@ sync"""
 
 
 def note_packages() -> Step:
-    """Where there are no snapshots: what `rollback` goes back to is a day of the archive."""
+    """Where there are no snapshots: what `rollback` goes back to is a day of the archive.
+
+    In a transaction pacman takes the running kernel's modules away long before the new kernel is on the ESP. A machine that
+    loses its power in between boots the old kernel, which without modules mounts no ESP and finds no network: so they are
+    kept aside, and a unit puts them back at such a boot, early.
+    """
+    unit = f"""\
+[Unit]
+Description=Modules of the kernel that an unfinished update took away
+DefaultDependencies=no
+ConditionPathExists={KEPT_MODULES}/%v
+ConditionPathExists=!/usr/lib/modules/%v/kernel
+After=systemd-remount-fs.service
+Before=systemd-modules-load.service systemd-udev-trigger.service local-fs-pre.target sysinit.target
+
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/cp -a {KEPT_MODULES}/%v /usr/lib/modules/
+
+[Install]
+WantedBy=sysinit.target
+"""
     return Script(
         "note of the packages",
         why="no snapshots on this file system: `rollback` will take the packages of that day from the archive",
         probe=f"[[ -e {UPDATING} ]] && echo yes",
-        script=f"{COMMON}demand_boot\n{record()}",
+        script=f"""{COMMON}demand_boot
+running=/usr/lib/modules/$(uname -r)
+rm -rf {KEPT_MODULES}
+mkdir -p {KEPT_MODULES}
+if [[ -d $running/kernel ]]; then
+  cp -al "$running" {KEPT_MODULES}/ 2> /dev/null || cp -a "$running" {KEPT_MODULES}/
+  rm -f {KEPT_MODULES}/*/{{pkgbase,vmlinuz}}  # whatever makes an initramfs of each kernel would take it for one
+  printf %s {quote(unit)} > {KEEP_UNIT}
+  systemctl daemon-reload
+  systemctl enable {KEEP}.service
+fi
+{record()}""",
     )
+
+
+# The new kernel is on the ESP: without them it is plain that the one that runs is the old one.
+DROP_RESTORED = f"""\
+gone=/usr/lib/modules/$(uname -r)
+if [[ -d {KEPT_MODULES}/${{gone##*/}} && ! -e $gone/pkgbase ]]; then rm -rf "$gone"; fi"""
+FORGET_MODULES = f"""\
+if [[ -e {KEEP_UNIT} ]]; then
+  systemctl disable {KEEP}.service
+  rm -f {KEEP_UNIT}
+  systemctl daemon-reload
+fi
+rm -rf {KEPT_MODULES}"""
 
 
 def upgrade(machine: Machine, packages: tuple[str, ...]) -> Step:
@@ -138,7 +186,8 @@ was=$(state)
 {f"choose {BEFORE}" if guarded else ""}
 give_up() {{
   if [[ $(state) == "$was" && ! -e "$root"{STATE}/packages-in-doubt ]]; then
-    {f"choose {main}" if guarded else ":"}
+    {f"choose {main}" if guarded else FORGET_MODULES}
+    rm -f {UPDATING}
     echo 'No package was changed.'
   else
     echo '{"Packages were changed. Until an update succeeds, the system from before it is what boots: fab rollback makes that the only one" if guarded else "Packages were changed: run the update again"}.'
@@ -152,7 +201,7 @@ code=$?
 set -e
 ((code == 0)) || give_up
 {fit_kernels()}
-{f"choose {main}" if guarded else ""}
+{f"choose {main}" if guarded else DROP_RESTORED}
 sync_mirror""",
     )
 
@@ -241,6 +290,7 @@ if [[ -e {SETTLE_UNIT} ]]; then
   rm -f {SETTLE_UNIT} {STATE}/settle
   systemctl daemon-reload
 fi
+{FORGET_MODULES}
 rm -f {UPDATING}
 sync""",
     )
@@ -304,6 +354,7 @@ chmod 644 "$conf" "$list"
 (set -e
 {transaction("", '--config "$conf" -Syyuu')})
 {fit_kernels()}
+{FORGET_MODULES}
 rm -f {UPDATING} {DAY_BEFORE}
 sync""",
     )

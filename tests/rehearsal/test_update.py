@@ -49,7 +49,7 @@ mount -t btrfs -o loop images/disk top
 mount --bind top root/top
 for name in @ @snapshots; do chroot root btrfs subvolume create "/top/$name" > /dev/null; done
 mkdir -p root/usr/local/bin root/srv
-for name in systemctl mkinitcpio bootctl ip; do printf '%s' "${!name}" > "root/usr/local/bin/$name"; chmod 755 "root/usr/local/bin/$name"; done
+for name in systemctl mkinitcpio bootctl ip uname; do printf '%s' "${!name}" > "root/usr/local/bin/$name"; chmod 755 "root/usr/local/bin/$name"; done
 cd top/@
 mkdir -p dev proc run tmp root boot .snapshots modules srv/repo var/lib/pacman var/log var/lib/metal-to-model var/cache/pacman/pkg usr
 for name in bin sbin lib lib64; do ln -s "usr/$name" "$name"; done
@@ -86,7 +86,11 @@ mount -t proc proc sys/proc
 mount -t tmpfs tmpfs sys/run
 mount --bind state sys/tmp
 mount -o loop images/esp sys/boot
-[[ -d sys/modules/$kernel && $initramfs == "$kernel" ]] || { echo "kernel $kernel, initramfs $initramfs, modules $(ls sys/modules)"; exit 1; }
+keep=sys/etc/systemd/system/metal-keep-modules.service
+if [[ -e $keep && -d sys/var/lib/metal-to-model/modules/$kernel && ! -d sys/modules/$kernel/kernel ]]; then
+  chroot sys bash -c "$(sed -n "s/%v/$kernel/g; s/^ExecStart=//p" "$keep")"
+fi
+[[ -d sys/modules/$kernel/kernel && $initramfs == "$kernel" ]] || { echo "kernel $kernel, initramfs $initramfs, modules $(ls sys/modules)"; exit 1; }
 echo "$entry $kernel $(findmnt --noheadings --output FSROOT --mountpoint "$scratch/sys")"
 """
 SYSTEMCTL = """#!/bin/bash
@@ -100,6 +104,7 @@ for base in /usr/lib/modules/*/pkgbase; do
   echo "${version##*/}" > "/boot/initramfs-$(< "$base").img"
 done
 """
+UNAME = "#!/bin/bash\nls -t /usr/lib/modules | tail -n 1\n"
 BOOTCTL = """#!/bin/bash
 [[ ! -e /tmp/no-variables ]] || { echo 'Failed to access EFI variables' >&2; exit 1; }
 [[ $1 == set-oneshot ]] && echo "$2" > /tmp/oneshot
@@ -127,7 +132,7 @@ Exec = /usr/local/bin/mkinitcpio --allpresets
 HOOK
 for name in linux-lts other; do
   folder=/run/build-$name-VERSION
-  mkdir -p "$folder/usr/lib/modules/VERSION"
+  mkdir -p "$folder/usr/lib/modules/VERSION/kernel"
   if [[ $name == linux-lts ]]; then
     echo VERSION > "$folder/usr/lib/modules/VERSION/vmlinuz"; echo linux-lts > "$folder/usr/lib/modules/VERSION/pkgbase"
   fi
@@ -165,7 +170,7 @@ class Box:
     def __init__(self, lower: Path, folder: Path) -> None:
         self.scratch = folder / "scratch"
         self.scratch.mkdir()
-        values = {"scratch": self.scratch, "lower": lower, "systemctl": SYSTEMCTL, "mkinitcpio": MKINITCPIO, "bootctl": BOOTCTL, "ip": IP}  # fmt: skip
+        values = {"scratch": self.scratch, "lower": lower, "systemctl": SYSTEMCTL, "mkinitcpio": MKINITCPIO, "bootctl": BOOTCTL, "ip": IP, "uname": UNAME}  # fmt: skip
         assigned = "".join(f"{name}={quote(str(value))}\n" for name, value in values.items())
         alone = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
         self.holder = subprocess.Popen([*alone, "bash", "-c", assigned + SETUP], stdin=subprocess.DEVNULL)
@@ -403,6 +408,7 @@ def test_what_is_in_the_way_is_said_and_changes_nothing(box: Box, btrfs: Machine
     )  # a mirror in the middle of its own update
     with pytest.raises(ProvisionError, match="No package was changed"):
         update(box, btrfs)
+    box.do(f"[[ ! -e {UPDATING} ]]")  # the next one begins anew
     assert box.boot() == Booted("arch-linux-lts.conf", "1", "/@")
     box.do("mv /tmp/aside/* /tmp/repos/now/own")
     update(box, btrfs)
@@ -430,6 +436,27 @@ def test_what_a_person_keeps_in_the_system_that_is_taken_back_stays(box: Box, bt
     )
     update(box, btrfs)
     assert box.boot() == Booted("arch-linux-lts.conf", "2", "/@")
+
+
+def test_without_snapshots_the_old_kernel_gets_its_modules_back(box: Box, tmp_path: Path) -> None:
+    """The power goes when pacman has replaced them, and the ESP still has the old kernel."""
+    ext4 = machine_with(tmp_path / "own", "ext4")
+    box.publish("2")
+    box.do("touch /tmp/cut-in-hook")
+    with pytest.raises(Cut):
+        update(box, ext4)
+    assert box.do("ls /usr/lib/modules").split() == ["2"]
+    assert box.boot() == Booted("arch-linux-lts.conf", "1", "/@")
+    assert sorted(box.do("ls /usr/lib/modules").split()) == ["1", "2"]
+    update(box, ext4)
+    assert box.do("ls /usr/lib/modules").split() == ["2"], "it would pass for a kernel that is installed"
+    assert box.boot() == Booted("arch-linux-lts.conf", "2", "/@")
+    assert (
+        box.do("ls /var/lib/metal-to-model; ls /etc/systemd/system")
+        .split()
+        .count("metal-keep-modules.service")
+        == 0
+    )
 
 
 def test_without_snapshots_the_archive_has_the_packages_of_that_day(box: Box, tmp_path: Path) -> None:
