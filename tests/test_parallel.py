@@ -11,12 +11,23 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from provision.errors import ProvisionError
-from provision.parallel import Board, Row, RowConsole, Stopped, demand_common, share_wipe, unique_hosts
+from provision.parallel import (
+    Board,
+    Row,
+    RowConsole,
+    Stopped,
+    demand_common,
+    phases,
+    share_wipe,
+    unique_hosts,
+)
 from provision.pins import pin
 from tests.sshd import Sshd, wait_for
 from tests.test_tasks import FAB, ROOT, fab
@@ -271,6 +282,19 @@ def test_options_of_one_machine() -> None:
     demand_common({"wipe": "S1,S2", "fingerprint": ""}, ["a", "b"], "provision")
     with pytest.raises(ProvisionError, match="--fingerprint says something of one machine"):
         demand_common({"fingerprint": "SHA256:x"}, ["a", "b"], "provision")
+
+
+def test_what_is_done_together_waits_for_what_each_does_by_itself() -> None:
+    def call(name: str, **options: object) -> tuple[Any, Any]:
+        return SimpleNamespace(task=SimpleNamespace(name=name), kwargs=options), None
+
+    tasks = [call("provision"), call("verify"), call("train"), call("train", each=True), call("runs")]
+    done = list(phases({"a": tasks, "b": tasks}))
+    assert [(together, [step[0].task.name for step in chains["b"]]) for together, chains in done] == [
+        (False, ["provision", "verify"]),
+        (True, ["train"]),
+        (False, ["train", "runs"]),
+    ]
 
 
 def test_a_row_shows_the_step_at_work_and_its_last_line(tmp_path: Path) -> None:

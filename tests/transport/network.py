@@ -40,6 +40,17 @@ class Pair:
         """A session of its own, as a task's `reach` gives it."""
         return Host(self.hosts[name].wanted)
 
+    def write_machines(self, folder: Path) -> Path:
+        """One folder of machine files for both, as fab is given it."""
+        folder.mkdir()
+        for name, server in self.servers.items():
+            own = server.folder / "machines"
+            shutil.copy(own / f"{name}.toml", folder)
+            (folder / f"{name}.local.toml").write_text(f'[ssh]\nidentity = "{server.identity}"\n')
+            with (folder / "known_hosts").open("a") as pins:
+                pins.write((own / "known_hosts").read_text())
+        return folder
+
 
 def ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout

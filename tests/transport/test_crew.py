@@ -22,8 +22,8 @@ from provision.host import Host
 from provision.meet import Address, Listening, Way, choose_nodes
 from provision.preflight import look
 from tests.sshd import wait_for
-from tests.transport.network import Pair, pair
-from tests.transport.trainer import trainer
+from tests.transport.network import NAMES, Pair, pair
+from tests.transport.trainer import trainer, typed
 from workload.config import load_config
 from workload.device import count_cores
 from workload.metrics import TIMING
@@ -267,6 +267,34 @@ def test_every_verb_knows_who_leads(idle: Pair) -> None:
         assert read(two, name, f"{run}/status") == "137\n", name
     jobs.remove(anna, anna.wanted.machine, run, yes=True, ask=input, say=lines.append)
     assert lines[-1] == f"Its part on berta is still there: fab -H berta remove --run {run}"
+
+
+def test_as_it_is_typed(two: Pair, tmp_path: Path) -> None:
+    """fab as a program: one run is begun, each machine says what is its own."""
+    fab = typed(tmp_path, two.write_machines(tmp_path / "machines"))
+    done = fab("anna,berta", "train", "--name", "both", "--set", "train.steps=100000", "--detach")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = {path.name for name in NAMES for path in two.servers[name].path(RUNS).iterdir()}
+    assert f"{run} has started on anna, on the processor" in done.stdout
+    assert done.stdout.count("has started") == 1
+    done = fab("anna,berta", "runs")
+    for name, said in (("anna", "training, with berta"), ("berta", ", led by anna")):
+        assert [
+            line for line in done.stdout.splitlines() if line.startswith(f"{name:5} |") and said in line
+        ], done.stdout
+    done = fab("anna", "stop")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{run} has ended, saved. fab -H anna resume --run {run} lets it go on." in done.stdout
+    for name in NAMES:
+        assert read(two, name, f"{run}/status") == "0\n", name
+    done = fab("anna,berta", "resume", "--detach")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "goes on, on anna, berta" in done.stdout
+    assert f"{run} is led by anna, which begins it here, too." in done.stdout
+    done = fab("anna,berta", "stop", "--now")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in NAMES:
+        assert systemctl(two, name, "is-active", f"metal-run-{run}") == "inactive", name
 
 
 def test_what_fails_for_good_on_one_machine_ends_on_all(idle: Pair) -> None:
