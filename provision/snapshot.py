@@ -51,13 +51,15 @@ copy_kernels() {{  # FROM TO: each whole or not at all
   done
   sync --file-system "$2"
 }}
-delete() {{  # SUBVOLUME, with those in it that systemd makes and nobody used
-  [[ -e $1 ]] || return 0
-  local inner
-  find "$1" -mindepth 1 -depth -type d -inum 256 | while read -r inner; do
-    [[ -z $(ls -A "$inner") ]] || {{ echo "$inner is a subvolume that holds something; if that may go: btrfs subvolume delete $inner"; exit 1; }}
-    btrfs subvolume delete "$inner"
+inner() {{ [[ ! -e $1 ]] || find "$1" -mindepth 1 -depth -type d -inum 256; }}  # subvolumes in a SUBVOLUME, deepest first
+demand_unused() {{  # SUBVOLUME: those in it are systemd's, which makes them and leaves them empty
+  inner "$1" | while read -r one; do
+    [[ -z $(ls -A "$one") ]] || {{ echo "$one is a subvolume that holds something; if that may go: btrfs subvolume delete $one"; exit 1; }}
   done
+}}
+delete() {{
+  [[ -e $1 ]] || return 0
+  inner "$1" | while read -r one; do btrfs subvolume delete "$one"; done
   btrfs subvolume delete "$1"
 }}
 demand_boot() {{ mountpoint -q /boot || {{ echo '/boot is not mounted: kernels would go nowhere'; exit 1; }}; }}
@@ -84,13 +86,15 @@ demand_boot
 [[ $(findmnt --noheadings --output FSROOT /) == {ROOT} ]]
 main=/boot/loader/entries/{default_entry(machine)}.conf
 grep -q 'subvol={ROOT}\\( \\|$\\)' "$main" || {{ echo "$main does not name the root as subvol={ROOT}: fab provision writes it anew"; exit 1; }}
+need=$(kernels_in /boot | xargs -d '\\n' du --total --block-size=1M | tail -n 1 | cut -f 1)
+left=$(df --block-size=1M --output=avail /boot | tail -n 1) freed=0
+[[ ! -d $kept ]] || freed=$(du --summarize --block-size=1M "$kept" | cut -f 1)  # that of the last update goes
+((left + freed > need + 8)) || {{ echo "/boot has $left MiB left, and a second set of kernels needs $need: take a kernel out, or make room"; exit 1; }}
+for old in "$before" "$before.new"; do demand_unused "$old"; done
 rm -f "$entry"  # first: an entry whose snapshot or kernels go must not stay
 sync --file-system /boot
 rm -rf "$kept" "$kept.new"
 for old in "$before" "$before.new"; do delete "$old"; done
-need=$(kernels_in /boot | xargs -d '\\n' du --total --block-size=1M | tail -n 1 | cut -f 1)
-left=$(df --block-size=1M --output=avail /boot | tail -n 1)
-((left > need + 8)) || {{ echo "/boot has $left MiB left, and a second set of kernels needs $need: take a kernel out, or make room"; exit 1; }}
 btrfs subvolume snapshot / "$before.new"
 btrfs filesystem sync /
 mv -T "$before.new" "$before"
