@@ -35,7 +35,7 @@ def gpu_checks(sysfs: str = "/sys", dev: str = "/dev") -> list[Check]:
     ]
 
 
-def driver_modules(sysfs: str) -> Check:
+def driver_modules(sysfs: str, dkms: str = "/var/lib/dkms") -> Check:
     return Check(
         "driver modules",
         f"""loaded=$(for module in nvidia nvidia_uvm nouveau nova_core; do
@@ -43,7 +43,13 @@ def driver_modules(sysfs: str) -> Check:
 done | xargs)
 echo "loaded: ${{loaded:-no driver}}."
 [[ $loaded == "nvidia nvidia_uvm" ]] && exit
-modinfo nvidia > /dev/null 2>&1 || echo "no nvidia module for $(uname -r)."
+if ! modinfo nvidia > /dev/null 2>&1; then
+  echo "no nvidia module for $(uname -r)."
+  dkms status 2> /dev/null | grep nvidia | grep -v ': installed' | sed 's/^/dkms: /; s/$/;/'
+  for log in {dkms}/nvidia/*/build/make.log; do
+    if [[ -e $log ]]; then echo "$log:"; grep -iE 'error|not found|exit status' "$log" | tail -n 2; fi
+  done
+fi
 journalctl --boot --no-pager --quiet --output=cat | grep -E 'NVRM|nvidia|nouveau|nova_core' | tail -n 5
 exit 1""",
         "On the machine, this says why not: sudo modprobe nvidia; journalctl --dmesg --boot | tail",
@@ -56,6 +62,11 @@ exit 1""",
             (
                 "requires use of the NVIDIA open",
                 "The card needs the open modules: fab provision puts them in.",
+            ),
+            (
+                r"dkms: |make\.log",
+                "DKMS built no module: are the headers installed (pacman -Q linux-lts-headers)? Is the kernel too new for this "
+                'driver? system.kernels = ["linux-lts"], then fab provision; make.log says why.',
             ),
             (
                 "no nvidia module",

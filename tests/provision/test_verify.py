@@ -13,7 +13,7 @@ import pytest
 
 from provision.checks import Check, Outcome, parse_checks, render_checks
 from provision.errors import ProvisionError
-from provision.gpu_checks import OF_PROGRAMS, REBOOT, UVM, compute, gpu_checks
+from provision.gpu_checks import OF_PROGRAMS, REBOOT, UVM, compute, driver_modules, gpu_checks
 from provision.machine import Machine
 from provision.system.layout import layout
 from provision.system.python import ENVIRONMENT
@@ -216,6 +216,27 @@ def test_driver_version(
     assert good or remedy in outcome.check.remedy
 
 
+def test_a_module_that_dkms_could_not_build(box: Box) -> None:
+    """dkms is a mock; its log is a file as make leaves it."""
+    log = box.folder / "dkms/nvidia/580.178.04/build/make.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(
+        "CC [M] nv.o\nnv.c:3:10: fatal error: linux/x.h: No such file\nmake: *** [Makefile:9] Error 2\n"
+    )
+    (box.folder / "bin/dkms").write_text(
+        "#!/bin/bash\necho 'nvidia/580.178.04, 6.19.0-arch1-1, x86_64: added'\n"
+    )
+    (box.folder / "bin/dkms").chmod(0o755)
+    box.load("nouveau")
+    path = f"{box.folder / 'bin'}:{os.environ['PATH']}"
+    check = driver_modules(str(box.sysfs), str(box.folder / "dkms"))
+    (outcome,) = run([check], PATH=path, INSTALLED="", LOG="")
+    assert not outcome.good
+    assert "fatal error: linux/x.h" in outcome.seen
+    assert "headers" in outcome.check.remedy
+    assert 'system.kernels = ["linux-lts"]' in outcome.check.remedy
+
+
 def test_device_files_and_daemon(box: Box) -> None:
     (box.dev / "nvidia-uvm").unlink()
     outcome = box.look("device files")
@@ -266,6 +287,10 @@ def test_cards(box: Box, said: str, code: str, remedy: str) -> None:
         (
             "NVRM: API mismatch: the client has the version 610.50, but\\nNVRM: this kernel module has the version 610.43.02.",
             REBOOT,
+        ),
+        (
+            "NVRM: The NVIDIA probe routine was not called for 1 device(s); this module does not include the required GPU",
+            "fab plan names the right one",
         ),
     ],
 )
