@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,7 @@ from provision.system.python import CPU_INDEX
 
 NAME = "rehearsal"  # machines/rehearsal.toml
 DEFAULT_CACHE = Path(".cache/rehearsal")
+FIRST_PORT = 20000  # of those that the bed's server is at, by its folder: below what the kernel gives out
 KVM_PROBE_S = 30  # a kernel under KVM reaches its root file system in two
 SNAPSHOT_SETTLE_S = 240
 
@@ -72,7 +74,8 @@ class Bed:
                 self.parts = build(self.cache, wanted, self.log, self.likeness.stand_ins)
         self.accelerator = choose_accelerator(self.cache, self.parts.medium / "vmlinuz-linux")
         folders = {"repository": self.parts.repository, "wheels": self.parts.wheels}
-        self.server = Server(folders, self.folder / "logs" / "http.log")
+        port = FIRST_PORT + zlib.crc32(bytes(self.folder)) % 10000
+        self.server = Server(folders, self.folder / "logs" / "http.log", port)
         self.stack.callback(self.server.close)
         return self
 

@@ -9,17 +9,23 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from provision.rehearsal.qemu import GUEST_SEES_HOST_AS
+from provision.rehearsal.qemu import GUEST_SEES_HOST_AS, LOOPBACK
 
 
 class Server:
-    """Serves folders below names: `/repository/…`, `/wheels/…`. One request a line goes to the log."""
+    """Serves folders below names: `/repository/…`, `/wheels/…`. One request a line goes to the log.
 
-    def __init__(self, folders: Mapping[str, Path], log: Path) -> None:
+    `port`: where it is free, so that a machine that was told of it finds the server of the next command there too.
+    """
+
+    def __init__(self, folders: Mapping[str, Path], log: Path, port: int = 0) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         handler = partial(Handler, folders=dict(folders), log=log)
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        try:
+            self.http = http.server.ThreadingHTTPServer((LOOPBACK, port), handler)
+        except OSError:
+            self.http = http.server.ThreadingHTTPServer((LOOPBACK, 0), handler)
         self.thread = threading.Thread(target=self.http.serve_forever, daemon=True)
         self.thread.start()
 

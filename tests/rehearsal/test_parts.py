@@ -241,6 +241,18 @@ def test_server_gives_files_and_listings_and_nothing_else(tmp_path: Path) -> Non
         server.close()
 
 
+def test_a_server_comes_back_where_it_was_and_makes_way(tmp_path: Path) -> None:
+    first = Server({}, tmp_path / "log")
+    port = first.http.server_port
+    second = Server({}, tmp_path / "log", port)
+    second.close()
+    first.close()
+    again = Server({}, tmp_path / "log", port)
+    again.close()
+    assert second.http.server_port != port
+    assert again.http.server_port == port
+
+
 def checkpoint(folder: Path, content: bytes = b"weights") -> Path:
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(content)
