@@ -29,7 +29,11 @@ section foreign; pacman -Qqm
 section leftover_files
 find /etc -xdev \( -name '*.pacnew' -o -name '*.pacsave' -o -name '*.pacorig' \) 2> /dev/null | sort
 section failed; systemctl list-units --failed --plain --no-legend 2> /dev/null | awk '{ print $1 }'
-section enabled; systemctl list-unit-files --state=enabled --plain --no-legend 2> /dev/null | awk '$3 == "disabled" { print $1 }'
+section enabled
+enabled=$(systemctl list-unit-files --state=enabled --plain --no-legend 2> /dev/null | awk '$3 == "disabled" { print $1 }')
+# some bring others with them
+also=$(systemctl cat $enabled 2> /dev/null | sed -n 's/^Also=//p' | tr -s ' ' '\n')
+comm -23 <(sort -u <<< "$enabled") <(sort -u <<< "$also")
 section accounts; awk -F: '$3 >= 1000 && $3 < 60000 { print $1 }' /etc/passwd
 section upgraded; sed -n 's/^\[\([0-9-]*\)T.*starting full system upgrade$/\1/p' /var/log/pacman.log 2> /dev/null | tail -n 1
 section rolled_back; find /.snapshots -maxdepth 1 -name "$rolled_back-*" 2> /dev/null | sort

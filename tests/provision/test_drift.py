@@ -22,7 +22,7 @@ from tests.provision.conftest import KEY
 from tests.provision.test_own import wish
 from tests.provision.test_system import NOW, installed
 
-# A pacman over three lists, and a systemctl that knows of three units.
+# A pacman over a few lists, and a systemctl that knows a few units.
 STANDIN = r"""
 pacman() {
   case $1 in
@@ -36,7 +36,8 @@ pacman() {
 find() { if [[ $1 == /.snapshots ]]; then echo /.snapshots/rolled-back-2026-11-02; else command find "$@"; fi; }
 systemctl() {
   if [[ $1 == list-units ]]; then echo 'x.service loaded failed failed A unit'; return; fi
-  printf '%s\n' 'sshd.service enabled disabled' 'mine.timer enabled disabled' 'getty@.service enabled enabled' \
+  if [[ $1 == cat ]]; then printf '%s\n' '[Install]' 'Also=along.socket  along.path'; return; fi
+  printf '%s\n' 'along.socket enabled disabled' 'sshd.service enabled disabled' 'mine.timer enabled disabled' 'getty@.service enabled enabled' \
     'metal-run-a.service enabled disabled'
 }
 """
