@@ -19,6 +19,10 @@ LEAST_COMPARED = 3
 # cache holds; a processor's on whatever else is at work, so it is not compared.
 SLOWER = {r"card\d+_(tokens_per_s|load_tflops)": 0.85, r"disk_(read|write)_mb_per_s": 0.5}
 AS_BEFORE = "as fast as before"
+REMEDY_SLOWER = (
+    "Something changed: other programs at work (then verify again), heat, a power limit, a driver or kernel of late "
+    "(the page says when)."
+)
 
 
 @dataclass(frozen=True)
@@ -135,13 +139,9 @@ def compare(
             slow.append(f"{name} is {value:.4g}, and used to be {usual:.4g};")
     if not known:
         return None
-    check = Check(
-        AS_BEFORE,
-        "",
-        "Something changed: other programs at work (then verify again), heat, a power limit, a driver or kernel of late "
-        "(the page says when).",
+    return Outcome(
+        Check(AS_BEFORE, "", REMEDY_SLOWER), not slow, " ".join(slow) or f"{known} figures are what they were"
     )
-    return Outcome(check, not slow, " ".join(slow) or f"{known} figures are what they were")
 
 
 def hardware(about: Mapping[str, str]) -> tuple[str, ...]:

@@ -118,12 +118,16 @@ def load(seconds: int) -> Check:
                 "It computes wrongly when hot: not to be trained on. Take an overclock back, look at its power supply; else replace it.",
             ),
             (
-                "power supply brakes|hardware slows it down.*W",
+                "power supply brakes",
                 "The card gets too little power: its cables (one for each plug), the power supply's size.",
             ),
             (
-                "too hot|hardware slows",
+                "too hot",
                 "Heat: fans, dust, paste, the case's air; or a lower limit: sudo nvidia-smi --power-limit WATTS",
+            ),
+            (
+                "hardware slows it down",
+                "Heat or too little power: at the temperature that is told, which? Fans and the case's air; cables and power supply.",
             ),
             ("PCIe lanes", "A card sits in a slot with too few lanes, or loosely; or its riser is bad."),
             (

@@ -241,6 +241,7 @@ def test_a_product_that_comes_out_differently_is_found(monkeypatch: pytest.Monke
         ("0, 64, 412.10, 1980, 16, 16, 0x0000000000000004", {}, "at most 64 °C and 412 W", ""),
         ("0, 64, [N/A], 1980, 16, 16, 0x0000000000000000", {}, "at most 64 °C", ""),
         ("0, 92, 300, 900, 16, 16, 0x0000000000000040", {}, "too hot, by the hardware", "fans"),
+        ("0, 60, 300, 900, 16, 16, 0x0000000000000008", {}, "the hardware slows it down", "cables and power supply"),
         ("0, 90, 300, 900, 16, 16, 0x0000000000000020", {}, "too hot, by the driver", "fans"),
         ("0, 60, 300, 900, 16, 16, 0x0000000000000080", {}, "the power supply brakes it", "too little power"),
         ("0, 60, 300, 1980, 4, 16, 0x0000000000000000", {}, "only 4 of 16 PCIe lanes", "too few lanes"),
