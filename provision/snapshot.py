@@ -300,9 +300,11 @@ sync""",
     )
 
 
-def go_back(machine: Machine) -> Step:
-    """The snapshot takes the place of @, which stays as /.snapshots/rolled-back-DAY: nobody but a person knows what is in it."""
-    main = default_entry(machine)
+def go_back() -> Step:
+    """The snapshot takes the place of @, which stays as /.snapshots/rolled-back-DAY: nobody but a person knows what is in it.
+
+    What boots then is the kernel that booted before the update, which another machine file may have replaced since.
+    """
     return Script(
         "go back",
         why="the snapshot becomes the system; what was the system stays in /.snapshots until you delete it",
@@ -314,6 +316,12 @@ wanted=$(named)
 for file in $(sed -n 's/^\\(linux\\|initrd\\) //p' "$entry"); do
   [[ -s /boot$file ]] || {{ echo "/boot$file is gone, without which the snapshot does not boot"; exit 1; }}
 done
+main=arch-$(sed -n 's,^linux /{BEFORE}/vmlinuz-,,p' "$entry")
+if [[ ! -s /boot/loader/entries/$main.conf ]]; then
+  sed -e "s/^title .*/title Arch Linux (${{main#arch-}})/" -e 's,/{BEFORE}/,/,' -e "s,subvolid=$wanted,subvol={ROOT}," "$entry" > "$entry.new"
+  sync --file-system /boot
+  mv -T "$entry.new" "/boot/loader/entries/$main.conf"
+fi
 top=$(mktemp --directory /run/metal-top.XXXXXX)
 mount -o subvolid=5 "$(findmnt --nofsroot --noheadings --output SOURCE /)" "$top"
 trap 'cd /; umount "$top"; rmdir "$top"' EXIT
@@ -332,7 +340,7 @@ if [[ $(number "$top{ROOT}") != "$wanted" ]]; then
   btrfs filesystem sync "$top"
 fi
 copy_kernels "$kept" /boot
-choose {main}
+choose "$main"
 rm -f "$entry"
 sync --file-system /boot
 rm -rf "$kept"

@@ -118,7 +118,7 @@ def rollback_machine(
     if past.number:
         console.print(escape(f"Going back to: {past.title}."), highlight=False)
         console.print(escape(render_changes(past.now, past.then)), highlight=False, soft_wrap=True)
-        do([go_back(machine)], "rollback", machine, host, console)
+        do([go_back()], "rollback", machine, host, console)
         elsewhere = past.root != past.number
     elif facts.subvolume.startswith(f"/@snapshots/{ROLLED_BACK}"):
         elsewhere = True  # all is in its place, and only the restart was cut off

@@ -149,7 +149,7 @@ def test_an_update_that_fails_its_proof_can_be_taken_back(machine: Machine) -> N
 def test_the_scripts_are_bash(machine: Machine) -> None:
     btrfs = replace(machine, disk=replace(machine.disk, filesystem="btrfs"))
     steps = [
-        take_snapshot(btrfs), note_packages(), upgrade(btrfs, ("a", "b")), arm(btrfs), finish(btrfs), go_back(btrfs),
+        take_snapshot(btrfs), note_packages(), upgrade(btrfs, ("a", "b")), arm(btrfs), finish(btrfs), go_back(),
         downgrade("https://archive.example"), replace(upgrade(machine, ()), name="plain"), replace(finish(machine), name="end"),
     ]  # fmt: skip
     plan = make_plan("", steps, [("?", True)] * len(steps))
