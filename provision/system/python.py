@@ -214,27 +214,24 @@ def fill(environment: Environment, machine: Machine) -> list[str]:
         sources += ["--find-links", wanted.find_links]
     elsewhere = ["--index-url", wanted.index] if wanted.index and not wanted.offline else []
     torch = ["--index-url", environment.index] if environment.index and not wanted.offline else elsewhere
-    # Every version is named, so that it does not matter which of the indexes is asked first.
-    both = [*elsewhere, "--extra-index-url", environment.index, "--index-strategy", "unsafe-best-match"]
-    exactly = ["uv", "pip", "sync", *sources, *(both if torch != elsewhere else elsewhere)]
-    install = ["uv", "pip", "install", *sources]
-    into = ' --python "$folder/bin/python" '
+    into = '--python "$folder/bin/python"'
     if environment.lock:
+        # Every version is named, so that it does not matter which of the indexes is asked first.
+        both = ["--extra-index-url", environment.index, "--index-strategy", "unsafe-best-match"]
+        indexes = [*elsewhere, *(both if torch != elsewhere else [])]
         hashes = ["--require-hashes"] if "--hash=" in environment.lock else []
         coded = base64.b64encode(environment.lock.encode()).decode()
         return [
             f'base64 -d <<< {coded} > "$folder.lock"',
-            join([*exactly, *hashes]) + into + '"$folder.lock"',
+            f'{join(["uv", "pip", "sync", *sources, *indexes, *hashes])} {into} "$folder.lock"',
         ]
-    special = [item for item in environment.requirements if name_of(item) in OF_TORCH]
-    chosen = [join([*install, *torch]) + into + join(special)] if special else []
+    install, all_of_it = ["uv", "pip", "install", *sources], environment.requirements
+    special = [item for item in all_of_it if name_of(item) in OF_TORCH]
     return [
-        "if [[ -s $folder.lock ]]; then",
-        f'  {join(exactly)}{into}"$folder.lock"',
-        "else",
-        *(f"  {line}" for line in chosen),
-        f"  {join([*install, *elsewhere])}{into}{join(environment.requirements)}",
-        '  uv pip freeze --python "$folder/bin/python" > "$folder.lock.new"',
-        '  mv "$folder.lock.new" "$folder.lock"',
-        "fi",
+        # As constraints, so that what is made again is made in the same way, to the last byte.
+        'held=()\n[[ ! -s $folder.lock ]] || held=(--constraint "$folder.lock")',
+        *([f'{join([*install, *torch])} {into} "${{held[@]}}" {join(special)}'] if special else []),
+        f'{join([*install, *elsewhere])} {into} "${{held[@]}}" {join(all_of_it)}',
+        'uv pip freeze --python "$folder/bin/python" > "$folder.lock.new"',
+        'mv "$folder.lock.new" "$folder.lock"',
     ]

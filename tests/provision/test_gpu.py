@@ -318,7 +318,9 @@ def test_a_torch_without_kernels_for_old_cards_is_refused_before_the_wipe(
 
 def test_the_index_is_used(machine: Machine, live: Facts) -> None:
     script = list(python(machine, with_cards(live, PASCAL, installed=True)))[-1].script
-    assert f"--index-url {LEGACY_INDEX} --python \"$folder/bin/python\" 'torch==2.13.*'" in script
+    assert (
+        f'--index-url {LEGACY_INDEX} --python "$folder/bin/python" "${{held[@]}}" \'torch==2.13.*\'' in script
+    )
 
 
 # --- one driver in place of another ----------------------------------------------------------------------------------
