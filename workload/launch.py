@@ -154,9 +154,20 @@ class Rank:
 
     asked_s: float = 0.0  # when it was told to stop; 0: it was not
     stopped_elsewhere: bool = False  # set by who finds that another machine's ranks were
+    mine: Path | None = None  # where it says so
 
     def should_stop(self) -> bool:
         return self.asked_s > 0
+
+    def tell(self, word: str) -> None:
+        """For `launch`."""
+        if self.mine is not None:
+            self.mine.write_text(word)
+
+    def end_as_lost(self) -> None:
+        """At once, from any thread: the others are gone, and the one that trains may wait for them for long."""
+        self.tell(LOST_OTHERS)
+        os._exit(1)
 
 
 @contextmanager
@@ -165,7 +176,7 @@ def rank_of_launch(environ: Mapping[str, str]) -> Iterator[Rank]:
 
     What is raised inside is told to `launch`, as is that nothing was.
     """
-    rank = Rank()
+    rank = Rank(mine=Path(environ[FOLDER], environ["RANK"]) if FOLDER in environ else None)
 
     def ask(number: int, frame: FrameType | None) -> None:
         if rank.asked_s and time.monotonic() - rank.asked_s > SAME_S:
@@ -175,17 +186,13 @@ def rank_of_launch(environ: Mapping[str, str]) -> Iterator[Rank]:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ask)
-    mine = Path(environ[FOLDER], environ["RANK"]) if FOLDER in environ else None
-    if mine is not None:
-        mine.write_text(str(os.getpid()))
+    rank.tell(str(os.getpid()))
     try:
         yield rank
     except OthersLost:
-        if mine is not None:
-            mine.write_text(LOST_OTHERS)
+        rank.tell(LOST_OTHERS)
         raise
-    if mine is not None:
-        mine.write_text(STOPPED_ELSEWHERE if rank.stopped_elsewhere else ENDED_WELL)
+    rank.tell(STOPPED_ELSEWHERE if rank.stopped_elsewhere else ENDED_WELL)
 
 
 def _read(folder: Path) -> list[str]:

@@ -4,8 +4,7 @@
 
 Both are installed as `make rehearsal` does it (`--go-on`: they are, by an earlier call) and started again with a second
 network card. Then `fab -H left,right train`, twice: once undisturbed, once with the power of `right` cut in the middle.
-The rows must be the same. Nobody notices a machine without power before the processes have waited for it for as long as
-their group allows (ten minutes), so this takes longer than it works.
+The rows must be the same. That a machine is gone is noticed after a minute and a half (workload/lifeline.py).
 """
 
 import argparse

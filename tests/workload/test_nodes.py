@@ -4,6 +4,8 @@ tests/transport/test_crew.py has the rest: real torchrun between two network nam
 """
 
 import os
+import socket
+import threading
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from workload.launch import (
     exit_status,
     rank_of_launch,
 )
+from workload.lifeline import BYE, accept, keep_alive, watch
 from workload.parallel import World, demand_same, name_tokens, read_world
 from workload.prepare import find_shards
 
@@ -135,3 +138,53 @@ def test_what_differs_is_named_on_all_machines(tmp_path: Path) -> None:
             process.join(60)
         for rank in (0, 1):
             assert (folder / str(rank)).read_text().startswith(said)
+
+
+def pair_of_connections() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = socket.create_connection(server.getsockname())
+        return one, server.accept()[0]
+
+
+@pytest.mark.parametrize(("end", "lost"), [("bye", False), ("gone", True), ("over", False)])
+def test_a_machine_that_is_gone_is_noticed_and_one_that_says_goodbye_is_not(end: str, lost: bool) -> None:
+    one, other = pair_of_connections()
+    over, seen = threading.Event(), threading.Event()
+    watcher = threading.Thread(target=watch, args=(one, over, seen.set, 0.1 if lost else 60))
+    watcher.start()
+    if end == "bye":
+        other.sendall(BYE)
+    if end == "over":  # this process ends by itself, with an error of its own
+        over.set()
+    other.close()
+    watcher.join(30)
+    assert not watcher.is_alive()
+    assert seen.is_set() is lost
+    one.close()
+
+
+def test_the_kernel_asks_whether_the_other_is_there() -> None:
+    one, other = pair_of_connections()
+    keep_alive(one)
+    assert one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    idle, every, probes = (one.getsockopt(socket.IPPROTO_TCP, option) for option in options)
+    assert idle + every * probes == 60
+    one.close()
+    other.close()
+
+
+def test_only_who_knows_the_word_is_taken_for_a_machine() -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    taken: list[socket.socket] = []
+    thread = threading.Thread(target=lambda: taken.extend(accept(server, b"0123456789abcdef", 1)))
+    thread.start()
+    with (
+        socket.create_connection(server.getsockname()) as stranger,
+        socket.create_connection(server.getsockname()) as right,
+    ):
+        stranger.sendall(b"GET / HTTP/1.1\r\n")
+        right.sendall(b"0123456789abcdef")
+        thread.join(30)
+        assert taken[0].getpeername() == right.getsockname()
+        taken[0].close()

@@ -117,12 +117,17 @@ def run_rank(arguments: argparse.Namespace) -> int:
     """One of the processes that torchrun started."""
     from workload.device import choose_device
     from workload.launch import rank_of_launch
+    from workload.lifeline import lifeline
     from workload.parallel import joined, local_device, local_threads, read_world
 
     world = read_world(os.environ, arguments.parallel)
     arguments.device = local_device(arguments.device, world)
     arguments.threads = arguments.threads or local_threads(os.environ)
-    with rank_of_launch(os.environ) as rank, joined(world, choose_device(arguments.device)):
+    with (
+        rank_of_launch(os.environ) as rank,
+        joined(world, choose_device(arguments.device)),
+        lifeline(world, os.environ.get("MASTER_ADDR", ""), rank.end_as_lost),
+    ):
         finished = run_training(arguments, world, rank.should_stop)
         world.any(False)  # nobody is done before rank 0 has written all there is
         # Else one machine of several would take for the end what is the reboot of another.
