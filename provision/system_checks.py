@@ -12,6 +12,7 @@ from provision.system.live import CLOCK_TOLERANCE_S
 from provision.system.python import ENVIRONMENT
 
 MEND = "fab provision mends it"
+LEARNS = "Python environment"
 LEAST_MIB = {
     "/": 1024,
     "/boot": 32,
@@ -266,7 +267,7 @@ def clock() -> Check:
 
 def learns(has_gpu: bool) -> Check:
     return Check(
-        "Python environment",
+        LEARNS,
         run_program("learn", "gpu" if has_gpu else "cpu", warnings="error::UserWarning"),
         f"To make the environment anew, on the machine: sudo rm {ENVIRONMENT}; then fab provision.",
         (

@@ -83,7 +83,9 @@ def test_what_is_wrong_is_kept_and_told_with_its_remedy(
 def test_what_takes_minutes_is_left_out_where_it_would_disturb_or_say_nothing(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
 ) -> None:
-    monkeypatch.setattr(verifying, "checks", lambda machine, has_gpu: [Check("last", script, "-")])
+    monkeypatch.setattr(
+        verifying, "checks", lambda machine, has_gpu: [Check("Python environment", script, "-")]
+    )
     said = list[str]()
     with pytest.raises(ProvisionError) if script == "exit 1" else nullcontext():
         verify_machine(host.wanted.machine, host, tmp_path, Console(quiet=True), say=said.append)
