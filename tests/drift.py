@@ -57,6 +57,7 @@ WISHES = (
     + "".join(f'"{key}" = "{value}"\n' for key, value in SYSCTL.items())
 )
 CLEAN = f"""
+set +e
 for unit in {" ".join(UNITS)}; do
   systemctl unmask "$unit"; systemctl disable --now "$unit"
 done 2> /dev/null
