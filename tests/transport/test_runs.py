@@ -39,12 +39,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "RESTART_S", 0)
 
 
-def train(host: Host, steps: int = 10, lines: list[str] | None = None, **options: object) -> str:
+def train(
+    host: Host, steps: int = 10, lines: list[str] | None = None, more: tuple[str, ...] = (), **options: object
+) -> str:
     lines = [] if lines is None else lines
     return jobs.train(
         host,
         host.wanted.machine,
-        settings=[f"train.steps={steps}"],
+        settings=[f"train.steps={steps}", *more],
         on_line=lines.append,
         say=lines.append,
         **options,  # type: ignore[arg-type]
@@ -384,7 +386,14 @@ def test_the_gpu_must_answer_and_be_free(host: Host, sshd: Sshd, monkeypatch: py
     train(host, 3, lines, share=True)
     assert "on 1 x NVIDIA GeForce RTX 4090" in lines[0]
     busy.write_text("")
-    train(host, 3)
+    run = train(host, 3)
+    assert "--nproc-per-node" not in sshd.path(f"{RUNS}/{run}/script").read_text()
+    cards.write_text("0, NVIDIA GeForce RTX 4090, 1, 24564\n1, NVIDIA GeForce RTX 4090, 1, 24564\n")
+    run = train(host, 3, lines)
+    assert "on 2 x NVIDIA GeForce RTX 4090" in "\n".join(lines)
+    assert "--nproc-per-node gpu" in sshd.path(f"{RUNS}/{run}/script").read_text(), "torchrun, a process each"
+    with pytest.raises(ProvisionError, match="cannot be shared evenly by 2 processes"):
+        train(host, 3, more=("train.batch=3", "train.micro_batch=3"))
 
 
 def test_parameters_are_counted_as_the_model_has_them() -> None:
