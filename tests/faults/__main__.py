@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
             steps: dict[Stage, dict[str, float]] = reference.outcome.steps
             for kind in arguments.kinds:
                 cuts = plan_cuts(steps, kind, arguments.seed, arguments.stages, arguments.places)
-                cuts = [cut for cut in cuts if arguments.only.search(cut.step)]
+                cuts = [cut for cut in cuts if arguments.only.search(f"{cut.stage}: {cut.step}")]
                 if arguments.sample:
                     cuts = sample_cuts(cuts, arguments.sample, arguments.seed)
                 load(folder, kind) or install(bed, folder, kind, cuts, reference, arguments.minutes)
@@ -152,9 +152,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--stages", type=parse_stages, default=list(STAGES), help=f"of {', '.join(STAGES)}")
     parser.add_argument("--places", type=int, default=PLACES, help=f"cuts in a long Step (default {PLACES})")
-    parser.add_argument(
-        "--only", type=re.compile, default="", help="Steps whose name has this, a regular expression"
-    )
+    parser.add_argument("--only", type=re.compile, default="", help="a regular expression of `STAGE: STEP`")
     parser.add_argument("--sample", type=int, default=0, help="so many cuts of each kind, by chance; 0: all")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="of cutting, each kind; then it goes on to its end"

@@ -54,7 +54,6 @@ EXCLUDED: tuple[tuple[str, str, str], ...] = (
     ("files", r"/etc/shadow-?", "salts of passwords"),
     ("files", r"/var/lib/metal-to-model/password/.*", "a digest of a salted hash"),
     ("files", r"/etc/ld\.so\.cache", "a cache"),
-    ("files", r"/etc/pacman\.d/mirrorlist", "the port of the mirror is another one each time the command is called"),
     ("files", r"/etc/\.updated", "a time"),
     ("files", r"/etc/(passwd|group|gshadow|subuid|subgid|shells)-", "copies of the edit before"),
 )  # fmt: skip
