@@ -271,12 +271,17 @@ def learns(has_gpu: bool) -> Check:
         run_program("learn", "gpu" if has_gpu else "cpu", warnings="error::UserWarning"),
         f"To make the environment anew, on the machine: sudo rm {ENVIRONMENT}; then fab provision.",
         (
+            (
+                "was not done after",
+                "The machine is busy or hangs: see disks, and ask again when nothing else is at work on it.",
+            ),
             ("No such file|not found", f"There is no {ENVIRONMENT}: fab provision makes it."),
             (
                 "torch does not see the GPU",
                 "The driver does not answer, or this torch is one for processors: see cards, and fab plan.",
             ),
         ),
+        limit_s=1200,  # importing torch on an emulated processor of a busy computer took more than ten minutes
     )
 
 
