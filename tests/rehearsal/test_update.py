@@ -147,7 +147,8 @@ touch --date "+VERSION hours" /tmp/repos/DAY/own/own.db.tar.gz  # pacman takes o
 # Before the command of that number, in whatever shell of the script, all of it is dead.
 CUT = r"""
 echo 0 > /run/commands
-count() { local n; read -r n < /run/commands; echo $((n + 1)) > /run/commands; ((n + 1 != CUT)) || kill -KILL 0; }
+# Both ends of a pipe may be at it at once: then one of them finds nothing to read.
+count() { local n; read -r n < /run/commands || return 0; echo $((n + 1)) > /run/commands; ((n + 1 != CUT)) || kill -KILL 0; }
 set -T
 trap count DEBUG
 """
