@@ -156,12 +156,13 @@ if [[ $root ]]; then echo inactive; exit; fi
 state=$(systemctl is-active "$unit") || true
 case $state in failed|unknown) echo inactive ;; *) echo "$state" ;; esac
 """
+# systemctl with --root writes the links and tells a running systemd nothing: what it knows as masked stays masked to it.
 ENABLE = r"""
+systemctl --root="${root:-/}" unmask "$unit"
 if [[ ! $root ]]; then
   systemctl daemon-reload
   systemctl cat "$unit" > /dev/null 2>&1 || { echo "there is no unit $unit: put its package into system.packages"; exit 1; }
 fi
-systemctl --root="${root:-/}" unmask "$unit"
 systemctl --root="${root:-/}" enable "$unit"
 state=$(systemctl --root="${root:-/}" is-enabled "$unit") || true
 [[ $state == enabled ]] || { echo "$unit is $state, and cannot be enabled: another unit starts it, or must name it"; exit 1; }
@@ -170,11 +171,11 @@ state=$(systemctl --root="${root:-/}" is-enabled "$unit") || true
 DISABLE = r"""
 systemctl --root="${root:-/}" unmask "$unit"
 systemctl --root="${root:-/}" disable "$unit"
-[[ $root ]] || systemctl stop "$unit"
+[[ $root ]] || { systemctl daemon-reload; systemctl stop "$unit"; }
 """
 MASK = r"""
 systemctl --root="${root:-/}" mask "$unit"
-[[ $root ]] || systemctl stop "$unit" 2> /dev/null || true
+[[ $root ]] || { systemctl daemon-reload; systemctl stop "$unit" 2> /dev/null || true; }
 """
 
 

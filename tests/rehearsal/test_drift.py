@@ -50,22 +50,27 @@ mount -t tmpfs tmpfs run
 mkdir -p usr/local/bin srv/repo
 printf '%s' "$systemctl" > usr/local/bin/systemctl
 chmod 755 usr/local/bin/systemctl
-touch run/active run/ready
+touch run/active run/masked run/ready
 while :; do sleep 1000 & wait $!; done
 """
 SYSTEMCTL = r"""#!/bin/bash
-# Which units run is kept in a file; all else is the real systemctl's, on the files of this root.
-words=() now=
-for word in "$@"; do case $word in --now) now=yes ;; --root=*|--quiet|--property|--value|Type) ;; *) words+=("$word") ;; esac; done
+# Which units run, and which ones systemd knows as masked, is kept in files; all else is the real systemctl's, on the
+# files of this root. As with the real one, systemd hears of a change at `daemon-reload`, or where --root is not given.
+words=() reload=yes
+for word in "$@"; do case $word in --root=*) reload= ;; --now|--quiet|--property|--value|Type) ;; *) words+=("$word") ;; esac; done
 set -- "${words[@]}"
+reload() { find /etc/systemd/system -lname /dev/null -printf '%f\n' > /run/masked; }
 case $1 in
   is-active) if grep -qx "$2" /run/active; then echo active; else echo inactive; exit 3; fi ;;
-  start) echo "$2" >> /run/active ;;
+  start)
+    if grep -qx "$2" /run/masked; then echo "Failed to start $2: Unit $2 is masked." >&2; exit 1; fi
+    echo "$2" >> /run/active ;;
   stop) sed -i "/^$2$/d" /run/active ;;
   show) echo simple ;;
   cat) find {/usr/local,/usr,/etc}/systemd /usr/{,local/}lib/systemd -name "$2" 2> /dev/null | grep . ;;
-  daemon-reload|list-units) ;;
-  *) exec /usr/bin/systemctl --root=/ "$@" ;;
+  daemon-reload) reload ;;
+  list-units) ;;
+  *) /usr/bin/systemctl --root=/ "$@"; status=$?; [[ ! $reload ]] || reload; exit "$status" ;;
 esac
 """
 # Packages of nothing, in a repository of this root.
@@ -160,6 +165,14 @@ def test_fifty_changes_are_shown_and_mended(root: Root, tmp_path: Path) -> None:
     assert unasked(text, changes) == []
     assert len(blocks(text)) == len(plan.pending)
     root.run(render_apply(plan, ""))
+    assert not root.plan(steps)
+
+
+def test_what_somebody_masked_runs_again(root: Root, tmp_path: Path) -> None:
+    steps = steps_of(wish(tmp_path / "own", WISHES))
+    root.run(render_apply(root.plan(steps), ""))
+    root.run("systemctl mask drift0.service; systemctl stop drift0.service; systemctl daemon-reload")
+    root.run(render_apply(root.plan(steps), ""))
     assert not root.plan(steps)
 
 
