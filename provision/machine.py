@@ -556,9 +556,10 @@ def check_own(machine: Machine) -> Iterator[own.Problem]:
     yield from own.check_environments(machine.environments)
     yield from own.check_ports("tcp", machine.firewall.tcp)
     yield from own.check_ports("udp", machine.firewall.udp)
-    if (machine.firewall.tcp or machine.firewall.udp) and not machine.firewall.enabled:
-        opened = "tcp" if machine.firewall.tcp else "udp"
-        yield ("firewall", opened), "opens ports of a firewall that is not there: enabled = true"
+    yield from own.check_peers(machine.firewall.peers)
+    for opened in ("tcp", "udp", "peers"):
+        if getattr(machine.firewall, opened) and not machine.firewall.enabled:
+            yield ("firewall", opened), "opens ports of a firewall that is not there: enabled = true"
     yield from check_reflector(machine)
     yield from check_desktop(machine)
     for path, wanted in machine.files.items():

@@ -16,7 +16,7 @@ from provision.errors import ProvisionError
 from provision.units import variables
 
 PORTS = range(29400, 29500)  # from torchrun's own default on; the first that is free
-KERNEL_PORTS = "32768-60999"  # ip_local_port_range's default (ip(7))
+RUN_PORTS = (f"{PORTS.start}-{PORTS.stop - 1}", "32768-60999")  # and ip_local_port_range's default (ip(7))
 LISTEN_S = 60
 TRY_S = 4
 
@@ -228,10 +228,10 @@ def no_way(
     ]
     if not lines:
         lines = ["  every two of them reach each other, but there is no network that all of them are in"]
-    meeting, picked = f"{PORTS.start}-{PORTS.stop - 1}", KERNEL_PORTS
+    meeting, picked = RUN_PORTS
     return ProvisionError(
         "The machines do not all reach each other, so they cannot train together; nothing was started.\n"
         + "\n".join(lines),
         f"TCP ports {meeting} and those that the kernel picks ({picked}) must be open between them. Where a machine's "
-        f'file has a firewall: [firewall] tcp = ["{meeting}", "{picked}"], then provision.',
+        "file has a firewall: [firewall] peers = [the addresses of the others], then provision.",
     )

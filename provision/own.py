@@ -7,6 +7,7 @@ adds others, changes one, or takes one away (`NAME = false`). What is in a table
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from ipaddress import IPv4Network
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
@@ -46,6 +47,10 @@ MATCH = Rule(
 )
 
 
+NETWORK = Rule(
+    r"[0-9]{1,3}(\.[0-9]{1,3}){3}(/[0-9]{1,2})?",
+    "an IPv4 address such as 10.0.0.7, or a network such as 10.0.0.0/24",
+)
 PORTS = Rule(r"[1-9][0-9]{0,4}(-[1-9][0-9]{0,4})?", "a port, or a range such as 8000-8010")
 # NetworkManager's files know escapes for the rest; nobody has needed them yet.
 SSID = Rule(
@@ -122,6 +127,7 @@ class Firewall:
     enabled: bool
     tcp: Annotated[tuple[str, ...], PORTS]
     udp: Annotated[tuple[str, ...], PORTS]
+    peers: Annotated[tuple[str, ...], NETWORK]
 
 
 @dataclass(frozen=True)
@@ -280,6 +286,14 @@ def check_ports(setting: str, ports: Iterable[str]) -> Iterator[Problem]:
         least, _, greatest = port.partition("-")
         if not int(least) <= int(greatest or least) <= 65535:
             yield ("firewall", setting), f"{port!r} is no port and no range of them; they end at 65535"
+
+
+def check_peers(peers: Iterable[str]) -> Iterator[Problem]:
+    for peer in peers:
+        try:
+            IPv4Network(peer)
+        except ValueError as error:
+            yield ("firewall", "peers"), f"{error}: {NETWORK.meaning}"
 
 
 def check_wifi(wifi: Mapping[str, WifiWanted]) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ from shlex import join
 from provision.facts import Facts
 from provision.kinds import NFT, SSHD, CheckedFile
 from provision.machine import Machine
+from provision.meet import RUN_PORTS
 from provision.steps import Packages, Script, Step, Unit
 
 RULES = "/etc/nftables.conf"
@@ -20,6 +21,8 @@ def open_ports(machine: Machine) -> tuple[str, ...]:
 def rules(machine: Machine) -> str:
     """A table of our own, and not `flush ruleset`: others (containers, libvirt) have theirs beside it."""
     udp = f"    udp dport {{ {', '.join(machine.firewall.udp)} }} accept\n" if machine.firewall.udp else ""
+    joined = ", ".join(machine.firewall.peers)
+    peers = f"    ip saddr {{ {joined} }} tcp dport {{ {', '.join(RUN_PORTS)} }} accept\n" if joined else ""
     return f"""#!/usr/bin/nft -f
 table inet metal
 delete table inet metal
@@ -34,7 +37,7 @@ table inet metal {{
     ip6 saddr fe80::/10 udp dport 546 accept comment "DHCPv6"
     udp dport 5353 accept comment "mDNS: its own name"
     tcp dport {{ {", ".join(open_ports(machine))} }} accept
-{udp}  }}
+{udp}{peers}  }}
 }}
 """
 
@@ -50,7 +53,12 @@ def firewall(machine: Machine, facts: Facts) -> Iterator[Step]:
         check=f"{NFT}\n{sshd_is_open(open_ports(machine))}",
         user=machine.user.name,
         why=f"open: TCP {' '.join(open_ports(machine))}"
-        + (f", UDP {' '.join(machine.firewall.udp)}" if machine.firewall.udp else ""),
+        + (f", UDP {' '.join(machine.firewall.udp)}" if machine.firewall.udp else "")
+        + (
+            f", to {' '.join(machine.firewall.peers)} TCP {' '.join(RUN_PORTS)}"
+            if machine.firewall.peers
+            else ""
+        ),
         # Not reloaded: its reload flushes what others made.
         then=f"if systemctl --quiet is-active nftables.service; then nft --file {RULES}; fi",
     )

@@ -31,7 +31,7 @@ from tests.provision.test_own import added, error_of, wish
 from tests.provision.test_system import GOLDEN, NOW, installed, render
 
 WISHES = {
-    "firewall": '[firewall]\nenabled = true\ntcp = ["6006-6010", "8080"]\nudp = ["51820"]\n[sshd]\nhardened = true\n',
+    "firewall": '[firewall]\nenabled = true\ntcp = ["6006-6010", "8080"]\nudp = ["51820"]\npeers = ["10.9.9.1", "10.9.8.0/24"]\n[sshd]\nhardened = true\n',
     "timers": '[timers]\nfstrim = true\npaccache = true\nreflector = true\n[mirror]\ncountries = ["DE", "United Kingdom"]\n',
     "wifi": '[wifi."The cellar"]\npassphrase = "env:WIFI"\npriority = 5\n[wifi.cafe]\nsecurity = "open"\nhidden = true\n',
 }
@@ -85,6 +85,10 @@ def test_one_manager_has_the_network(tmp_path: Path, live: Facts) -> None:
         ('[firewall]\nenabled = true\ntcp = ["70000"]', ":7: firewall.tcp: '70000' is no port"),
         ('[firewall]\nenabled = true\nudp = ["9-8"]', ":7: firewall.udp: '9-8' is no port and no range"),
         ('[firewall]\ntcp = ["80"]', ":6: firewall.tcp: opens ports of a firewall that is not there"),
+        ('[firewall]\npeers = ["10.0.0.7"]', ":6: firewall.peers: opens ports of a firewall that is not there"),
+        ('[firewall]\nenabled = true\npeers = ["gpu2"]', ":7: firewall.peers: 'gpu2' is not an IPv4 address"),
+        ('[firewall]\nenabled = true\npeers = ["10.0.0.7/24"]', ":7: firewall.peers: 10.0.0.7/24 has host bits set"),
+        ('[firewall]\nenabled = true\npeers = ["10.0.0.300"]', ":7: firewall.peers: Octet 300 (> 255) not permitted"),
         ('[mirror]\ncountries = ["DE"]', ":6: mirror.countries: is for reflector"),
         (
             '[mirror]\nservers = ["file:///srv/$repo"]\n[timers]\nreflector = true',
@@ -167,20 +171,22 @@ assert host.stdout.readline() == "listening\\n"
 inside = ["nsenter", "--target", str(host.pid), "--net"]
 def run(*words): subprocess.run(words, check=True)
 run("ip", "link", "add", "metal0", "type", "veth", "peer", "name", "metal1", "netns", str(host.pid))
-run("ip", "address", "add", "10.9.9.1/24", "dev", "metal0"); run("ip", "link", "set", "metal0", "up")
+run("ip", "address", "add", "10.9.9.1/24", "dev", "metal0"); run("ip", "address", "add", "10.9.9.3/24", "dev", "metal0"); run("ip", "link", "set", "metal0", "up")
 run(*inside, "ip", "address", "add", "10.9.9.2/24", "dev", "metal1"); run(*inside, "ip", "link", "set", "metal1", "up")
 run(*inside, "ip", "link", "set", "lo", "up")
 before = socket.create_connection(("10.9.9.2", int(ports[0])), timeout=20)
 for _ in range(2):  # loading it again changes nothing
     run(*inside, nft, "--file", rules)
 before.sendall(b"still there")
-def knock(port, timeout):
+def knock(source, port, timeout):
     try:
-        socket.create_connection(("10.9.9.2", int(port)), timeout=timeout).close()
+        socket.create_connection(("10.9.9.2", int(port)), timeout, (source, 0)).close()
         return "open"
     except TimeoutError:
         return "shut"
-print(flush=True, *(f"{port} {knock(port, 20 if port in ports[:-1] else 2)}" for port in ports))
+shut = {("10.9.9.1", ports[-1]), ("10.9.9.3", ports[-1]), ("10.9.9.3", ports[-2])}
+for source in ("10.9.9.1", "10.9.9.3"):
+    print(flush=True, *(f"{port} {knock(source, port, 2 if (source, port) in shut else 20)}" for port in ports))
 host.stdin.close(); host.wait()
 """
 
@@ -190,10 +196,14 @@ def test_the_firewall_lets_in_what_is_open_and_nothing_else(tmp_path: Path) -> N
     machine = wish(tmp_path / "own", WISHES["firewall"])
     path = tmp_path / "nftables.conf"
     path.write_text(rules(machine))
-    words = ["unshare", "--net", sys.executable, "-c", KNOCK, str(path), str(NFT), "22", "6009", "9999"]
+    ports = ("22", "6009", "29450", "9999")
+    words = ["unshare", "--net", sys.executable, "-c", KNOCK, str(path), str(NFT), *ports]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == "22 open 6009 open 9999 shut"
+    assert done.stdout.splitlines()[:2] == [
+        "22 open 6009 open 29450 open 9999 shut",  # of a peer
+        "22 open 6009 open 29450 shut 9999 shut",
+    ]
 
 
 # --- Wi-Fi ------------------------------------------------------------------------------------------------

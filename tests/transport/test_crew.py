@@ -196,7 +196,7 @@ def test_where_one_refuses_nothing_is_started_anywhere(idle: Pair) -> None:
     assert "172.31.0.1: another machine answers" in caught.value.message, (
         "itself, by an address that both have"
     )
-    assert "[firewall] tcp" in caught.value.hint
+    assert "[firewall] peers" in caught.value.hint
     two.ip("berta", "link", "set", "cable", "up")
     with pytest.raises(ProvisionError, match="cannot be shared evenly by 2 processes") as caught:
         train(two, ["train.batch=9", "train.micro_batch=3"], lines)
