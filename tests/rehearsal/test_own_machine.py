@@ -6,12 +6,15 @@ Stand-ins: the desktop's programs, the greeter, and every package that the bed l
 import os
 import socket
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from provision.flow import provision_machine
+from provision.host import connect
 from provision.machine import load_machine
 from provision.rehearsal import qemu
 from provision.rehearsal.bed import Bed
@@ -20,6 +23,7 @@ from provision.rehearsal.vm import free_port, wait_until
 from tests.rehearsal.conftest import CACHE
 from tests.rehearsal.hardware import forget
 from tests.rehearsal.test_layouts import installed
+from tests.sshd import Proxy
 
 pytestmark = [pytest.mark.rehearsal, pytest.mark.rotating]
 
@@ -159,17 +163,40 @@ def test_a_persons_own_machine_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
             wait_until(rebooted, vm.check, 600, "the machine after its restart")
             check(rehearsal)
-            plan = subprocess.run(
-                fab_command("plan", name="box1"),
+            unchanged_at_40_ms(rehearsal)
+        finally:
+            forget(vm)
+
+
+def unchanged_at_40_ms(rehearsal: Rehearsal) -> None:
+    """`provision` where nothing is to do, over a slow line; prints what it costs."""
+    path = rehearsal.machines / "box1.local.toml"
+    proxy = Proxy(rehearsal.vm.ssh_port, delay_s=0.02)
+    text = path.read_text()
+    path.write_text(text.replace(f"port = {rehearsal.vm.ssh_port}", f"port = {proxy.port}"))
+    machine, pins = load_machine("box1", rehearsal.machines), rehearsal.machines / "known_hosts"
+    assert machine.ssh.port == proxy.port
+    try:
+        for task in ("plan", "provision"):
+            began = time.monotonic()
+            done = subprocess.run(
+                fab_command(task, name="box1"),
                 capture_output=True,
                 text=True,
                 env={**os.environ, **rehearsal.environment},
                 check=False,
             )
-            assert plan.returncode == 0, plan.stdout + plan.stderr
-            assert "0 Steps to do" in plan.stdout or "nothing to do" in plan.stdout.lower(), plan.stdout
-        finally:
-            forget(vm)
+            print(f"{task}: {time.monotonic() - began:.1f} s at 40 ms")
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "0 Steps to do" in done.stdout or "nothing to do" in done.stdout.lower(), done.stdout
+        with connect(machine, pins) as host:
+            again = provision_machine(machine, host, pins, "", Console(quiet=True))
+            assert again is host
+            print(f"provision: {host.traffic}")
+            assert host.traffic.execs == 3  # facts, probes, proof
+    finally:
+        path.write_text(text)
+        proxy.close()
 
 
 def check(rehearsal: Rehearsal) -> None:
