@@ -98,7 +98,7 @@ SEEN = r"""
 systemctl is-active NetworkManager nftables greetd docker fstrim.timer paccache.timer reflector.timer | sort | uniq -c
 systemctl is-active systemd-networkd || true
 systemctl is-system-running --wait || systemctl --failed --no-legend --plain
-nmcli --terse --fields NAME,TYPE connection show | grep wifi
+nmcli --terse --fields NAME,TYPE connection show | grep wireless
 nmcli --terse --fields TYPE,STATE device | grep ethernet
 sshd -T | grep -E '^(passwordauthentication|allowagentforwarding) '
 cat /etc/motd /proc/sys/vm/swappiness
