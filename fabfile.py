@@ -67,8 +67,11 @@ def rollback(c: Context, sweep: bool = False, address: str = "") -> None:
 @task(positional=["name"], help={
     "name": "of the machine", "resume": "go on after what was done, on the same disks",
     "cold": "boot from the firmware, not from a saved state", "keep": "leave it on at the end, until Ctrl-C",
+    "iso": "the official Arch ISO, FILE.sig beside it: booted as it is, nothing typed; packages come from the real mirrors",
 })  # fmt: skip
-def rehearse(c: Context, name: str, resume: bool = False, cold: bool = False, keep: bool = False) -> None:
+def rehearse(
+    c: Context, name: str, iso: str = "", resume: bool = False, cold: bool = False, keep: bool = False
+) -> None:
     """Provision a virtual machine with the disks of machines/NAME.toml, as that file says. Needs no -H, and no machine.
 
     Change the file, rehearse, then provision the real one. The first rehearsal builds what all need, in minutes.
@@ -76,7 +79,7 @@ def rehearse(c: Context, name: str, resume: bool = False, cold: bool = False, ke
     with readable():
         machine = load_machine(here(c, name, "rehearse"), machines_folder())
         loop.rehearse_machine(
-            machine, bed.DEFAULT_CACHE, screen().console, resume=resume, cold=cold, keep=keep
+            machine, bed.DEFAULT_CACHE, screen().console, resume=resume, cold=cold, keep=keep, iso=iso
         )
 
 

@@ -14,6 +14,8 @@ from one Debian root file system dressed as Arch. What provision sends over SSH 
   qemu.py        the command line of a virtual machine                      pure
   vm.py          a running virtual machine
   bed.py         all of the above, built in order; machines made from it
+  iso.py         the official ISO: whether a file is one, and whether Arch signed it
+  official.py    what takes the bed's place where that ISO is booted
   loop.py        the phases of a rehearsal
   __main__.py    python -m provision.rehearsal run|bed|ssh
 """

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -27,18 +28,25 @@ def main(argv: list[str]) -> int:
         console.print(f"\n[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         return 1
     except KeyboardInterrupt:
-        console.print("\nStopped. Go on: python -m provision.rehearsal run --resume")
+        words = [word for word in argv if word != "--resume"]
+        on = f" Go on: python -m provision.rehearsal {shlex.join(words)} --resume" if "run" in argv else ""
+        console.print(f"\nStopped.{on}", soft_wrap=True, highlight=False)
         return 130
     return 0
 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
     how = {"resume": arguments.resume, "cold": arguments.cold, "keep": arguments.keep}
-    if arguments.machine == NAME:
-        loop.rehearse(arguments.cache, console, **how)
-    else:
+    if arguments.machine != NAME:
         machine = load_machine(arguments.machine, machines_folder())
-        loop.rehearse_machine(machine, arguments.cache, console, **how)
+        loop.rehearse_machine(machine, arguments.cache, console, **how, iso=arguments.iso)
+    elif arguments.iso:
+        raise ProvisionError(
+            f"--iso is for a machine of yours: that of machines/{NAME}.toml has its packages from the rehearsal's repository.",
+            f"python -m provision.rehearsal run --machine NAME --iso {shlex.quote(arguments.iso)}",
+        )
+    else:
+        loop.rehearse(arguments.cache, console, **how)
 
 
 def setup(arguments: argparse.Namespace, console: Console) -> None:
@@ -66,16 +74,19 @@ def root_stages(arguments: argparse.Namespace, console: Console) -> None:
 def ssh(arguments: argparse.Namespace, console: Console) -> None:
     """Replaces this process by OpenSSH: to the installed system where it is pinned, else to the live one."""
     name = arguments.machine
-    folder = arguments.cache.resolve() / "vm" / (NAME if name == NAME else f"of-{name}") / "machines"
+    place = NAME if name == NAME else loop.of_person(name, official=arguments.iso)
+    folder = arguments.cache.resolve() / "vm" / place / "machines"
     if not folder.exists():
         command = "python -m provision.rehearsal run" if name == NAME else f"fab rehearse {name}"
+        command += " --iso FILE" if arguments.iso else ""
         raise ProvisionError(f"{name} is not being rehearsed.", f"{command} --keep")
     machine = load_machine(name, folder)
     pins = folder / "known_hosts"
     installed = pins.exists() and any(line.startswith(f"{name} ") for line in pins.read_text().splitlines())
     user, alias = (machine.user.name, name) if installed else ("root", f"{name}.live")
     options = [f"-oUserKnownHostsFile={pins}", f"-oHostKeyAlias={alias}", "-oStrictHostKeyChecking=yes"]
-    argv = ["ssh", "-F", "none", "-i", machine.ssh.identity, "-p", str(machine.ssh.port), *options]
+    identity = ["-i", os.path.expanduser(machine.ssh.identity)] if machine.ssh.identity else []
+    argv = ["ssh", "-F", "none", *identity, "-p", str(machine.ssh.port), *options]
     os.execvp("ssh", [*argv, f"{user}@{machine.ssh.address}", *arguments.words])
 
 
@@ -98,6 +109,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--machine", default=NAME, help="one of yours: that is provisioned, and no more")
     whole.add_argument(
+        "--iso",
+        default="",
+        metavar="FILE",
+        help="boot the official ISO in place of the stand-in medium, FILE.sig beside it: packages come from real mirrors",
+    )
+    whole.add_argument(
         "--resume", action="store_true", help="go on after the last phase that was done, on the same disk"
     )
     whole.add_argument("--cold", action="store_true", help="boot from the firmware, not from a saved state")
@@ -109,6 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
     ).add_argument("--stand-ins", default="{}", help="as JSON")
     shell = add("ssh", ssh, "Log in to the machine that `run --keep` left on.")
     shell.add_argument("--machine", default=NAME, help="which, where it is one of yours")
+    shell.add_argument("--iso", action="store_true", help="that which was booted from the official ISO")
     shell.add_argument("words", nargs="*", help="command")
     return parser
 

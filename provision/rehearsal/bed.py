@@ -12,9 +12,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from provision.errors import ProvisionError
 from provision.machine import PACKAGED_DEFAULTS, Machine, load_machine
+from provision.pins import fingerprint_of, parse_key
 from provision.rehearsal import medium, packages, qemu, rootfs, signing, tools, wheels
 from provision.rehearsal.cache import Cache
 from provision.rehearsal.likeness import Likeness, StandIns, liken
@@ -24,6 +26,7 @@ from provision.rehearsal.vm import Vm
 from provision.system.python import CPU_INDEX
 
 NAME = "rehearsal"  # machines/rehearsal.toml
+DISKS = (qemu.Disk("REHEARSAL0"),)
 DEFAULT_CACHE = Path(".cache/rehearsal")
 FIRST_PORT = 20000  # of those that the bed's server is at, by its folder: below what the kernel gives out
 KVM_PROBE_S = 30  # a kernel under KVM reaches its root file system in two
@@ -46,6 +49,8 @@ class Bed:
     `on_build(name)` is called for each stage that is not in the cache. `person` is the machine that is rehearsed, where
     it is not that of machines/rehearsal.toml; `likeness` is then what the virtual machine makes of it.
     """
+
+    provision_deadline_s = 3600.0  # generous: emulation on a busy computer
 
     def __init__(
         self,
@@ -84,10 +89,26 @@ class Bed:
     ) -> None:
         self.stack.close()
 
+    @property
+    def programs(self) -> tuple[tools.Tool, ...]:
+        return tools.for_all()
+
+    @property
+    def trust(self) -> tuple[str, ...]:
+        """What `provision` is told, so that it knows the live system: a person would read it on the console."""
+        return ("--fingerprint", fingerprint_of(parse_key(self.parts.keys.host_line)))
+
+    def prepare(self, vm: Vm) -> None:
+        """Make what a machine is booted from fast."""
+        self.snapshot(vm.hardware)
+
+    def describe(self) -> list[str]:
+        return [f"repository and wheels at {self.server.url('')}"]
+
     def machine(
         self,
         name: str = NAME,
-        disks: tuple[qemu.Disk, ...] = (qemu.Disk("REHEARSAL0"),),
+        disks: tuple[qemu.Disk, ...] = DISKS,
         *,
         tpm: bool = False,
     ) -> Vm:
@@ -107,6 +128,11 @@ class Bed:
         state = self.snapshot(vm.hardware) if saved else None
         vm.blank()
         vm.start(restore=state, seed=seed)
+        vm.wait_for_ssh()
+
+    def boot_again(self, vm: Vm, first: Literal["disk", "medium"]) -> None:
+        """Start a machine with its disks as they are; returns when its sshd answers."""
+        vm.start(first=first)
         vm.wait_for_ssh()
 
     def snapshot(self, hardware: qemu.Hardware) -> Path:
@@ -175,27 +201,31 @@ class Bed:
         """
         name = self.person.name if self.person else NAME
         wishes = wishes or (self.likeness.wishes if self.likeness else "")
-        folder = vm.folder / "machines"
-        shutil.copytree(
-            source, folder, ignore=shutil.ignore_patterns("known_hosts*", "*.local.toml"), dirs_exist_ok=True
-        )
-        if wishes:
-            below = [source / f"{name}.toml", source / f"{name}.local.toml"]
-            names = []
-            for index, path in enumerate(below):
-                if path.exists():
-                    names.append(f"below-{index}")
-                    shutil.copy(path, folder / f"below-{index}.toml")
-            (folder / f"{name}.toml").write_text(f"extends = {json.dumps(names)}\n\n{wishes}")
-        local = folder / f"{name}.local.toml"
-        local.write_text(
+        local = (
             f'[ssh]\naddress = "{vm.ssh_address}"\nport = {vm.ssh_port}\n'
             f'identity = "{self.parts.keys.identity}"\n\n'
             f'[mirror]\nservers = ["{self.server.url("repository")}/$repo/os/$arch"]\n\n'
             f'[user]\nauthorized_keys = ["{self.parts.keys.identity}.pub"]\n\n'
             f'[python]\nfind_links = "{self.server.url("wheels")}/"\n'
         )
-        return folder
+        return write_overlay(vm.folder / "machines", source, name, wishes, local)
+
+
+def write_overlay(folder: Path, source: Path, name: str, wishes: str, local: str) -> Path:
+    """A copy of a person's machine files without their pins, `wishes` over the one of that name, `local` over both."""
+    shutil.copytree(
+        source, folder, ignore=shutil.ignore_patterns("known_hosts*", "*.local.toml"), dirs_exist_ok=True
+    )
+    if wishes:
+        below = [source / f"{name}.toml", source / f"{name}.local.toml"]
+        names = []
+        for index, path in enumerate(below):
+            if path.exists():
+                names.append(f"below-{index}")
+                shutil.copy(path, folder / f"below-{index}.toml")
+        (folder / f"{name}.toml").write_text(f"extends = {json.dumps(names)}\n\n{wishes}")
+    (folder / f"{name}.local.toml").write_text(local)
+    return folder
 
 
 def load_example() -> Machine:

@@ -1,7 +1,7 @@
 """The virtual machine that a machine file describes, and what has to be otherwise in it. Pure: nothing is started here."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from provision.layers import render_key, render_value
@@ -12,6 +12,7 @@ ANY_SIZE_GIB = 64  # of a disk whose size the file leaves open; its image only g
 SERIAL = re.compile(r"[A-Za-z0-9_-]{1,20}")  # as long as virtio's, SATA's and NVMe's may be
 BY_ID = re.compile(r"(ata|nvme|scsi|usb|virtio|wwn|mmc|dm|md)-.+")
 CONSOLE = "console=ttyS0 systemd.show_status=0 mitigations=off audit=0"  # emulated, every instruction counts
+ANY_WIRED = "en* eth*"  # network.match of machines/defaults.toml: the virtual machine's interface has a name of its own
 SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/zsh", "/usr/bin/zsh", "/bin/sh")
 # Groups of every Arch, and those that packages of the bed bring.
 GROUPS = {
@@ -65,24 +66,16 @@ def liken(machine: Machine, example: Machine, known: Collection[str]) -> Likenes
     names of packages in the bed's repository.
     """
     serials = choose_serials(machine)
-    data = [f"{serials[serial]} {folder}" for serial, folder in machine.disk.data_disks]
-    sections: dict[str, dict[str, object]] = {
-        "disk": {
-            "serial": serials[machine.disk.serial],
-            "mirror": serials.get(machine.disk.mirror, ""),
-            "data": data,
-        },
-        "system": {"cmdline": f"{machine.system.cmdline} {CONSOLE}".strip()},
-        "python": {
-            key: getattr(example.python, key) for key in ("interpreter", "torch", "torch_index", "offline")
-        },
+    sections = anywhere(machine, serials)
+    sections["python"] = {
+        key: getattr(example.python, key) for key in ("interpreter", "torch", "torch_index", "offline")
     }
     differences = [
         f"no GPU; its kernel parameters end in {CONSOLE}",
         f"packages come from a repository cut from Debian; Python is {example.python.interpreter} with {example.python.torch}",
         "only the rehearsal's own key logs in",
     ]
-    differences += [f"disk {was} is called {now}" for was, now in serials.items() if was != now]
+    differences += differences_anywhere(machine, serials)
     if machine.gpu.driver == "auto":
         sections["gpu"] = {"driver": "open"}
         differences.append(
@@ -97,10 +90,54 @@ def liken(machine: Machine, example: Machine, known: Collection[str]) -> Likenes
     return Likeness(
         choose_disks(machine, serials),
         machine.disk.unlock == "tpm2",
-        "\n".join(render_section(name, values) for name, values in sections.items()),
+        render_sections(sections),
         tuple(differences),
         stand_ins,
     )
+
+
+def liken_to_real(machine: Machine) -> Likeness:
+    """The virtual machine for a machine file, where ISO, mirrors and packages are Arch's own: nothing stands in."""
+    serials = choose_serials(machine)
+    driver = (
+        "nothing of NVIDIA is installed"
+        if machine.gpu.driver != "open"
+        else "the driver is installed, and runs on nothing"
+    )
+    differences = [
+        f"no GPU: {driver}; its kernel parameters end in {CONSOLE}",
+        *differences_anywhere(machine, serials),
+    ]
+    return Likeness(
+        choose_disks(machine, serials),
+        machine.disk.unlock == "tpm2",
+        render_sections(anywhere(machine, serials)),
+        tuple(differences),
+        StandIns(),
+    )
+
+
+def anywhere(machine: Machine, serials: Mapping[str, str]) -> dict[str, dict[str, object]]:
+    """The wishes that hardware of software has, wherever its packages come from."""
+    data = [f"{serials[serial]} {folder}" for serial, folder in machine.disk.data_disks]
+    sections: dict[str, dict[str, object]] = {
+        "disk": {
+            "serial": serials[machine.disk.serial],
+            "mirror": serials.get(machine.disk.mirror, ""),
+            "data": data,
+        },
+        "system": {"cmdline": f"{machine.system.cmdline} {CONSOLE}".strip()},
+    }
+    if machine.network.match != ANY_WIRED:
+        sections["network"] = {"match": ANY_WIRED}
+    return sections
+
+
+def differences_anywhere(machine: Machine, serials: Mapping[str, str]) -> list[str]:
+    renamed = [f"disk {was} is called {now}" for was, now in serials.items() if was != now]
+    if machine.network.match == ANY_WIRED:
+        return renamed
+    return [*renamed, f"network.match is {ANY_WIRED} in place of {machine.network.match}"]
 
 
 def choose_serials(machine: Machine) -> dict[str, str]:
@@ -131,7 +168,11 @@ def missing(machine: Machine, known: Collection[str]) -> StandIns:
     )
 
 
-def render_section(name: str, values: dict[str, object]) -> str:
+def render_sections(sections: Mapping[str, Mapping[str, object]]) -> str:
+    return "\n".join(render_section(name, values) for name, values in sections.items())
+
+
+def render_section(name: str, values: Mapping[str, object]) -> str:
     return (
         "\n".join(
             [f"[{name}]", *(f"{render_key(key)} = {render_value(value)}" for key, value in values.items())]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import queue
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from rich.table import Table
 
 from provision.errors import ProvisionError
 from provision.machine import Machine, machines_folder
-from provision.pins import fingerprint_of, parse_key
 from provision.rehearsal import tools
-from provision.rehearsal.bed import NAME, Bed
+from provision.rehearsal.bed import DISKS, NAME, Bed
+from provision.rehearsal.iso import check_iso
+from provision.rehearsal.official import OfficialBed
 from provision.rehearsal.vm import Vm
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -48,7 +50,6 @@ TRAINING = {
 PROMPT = "OTHELLO.\n"
 
 # Generous: emulation on a busy computer. A phase that hangs ends all the same.
-PROVISION_DEADLINE_S = 3600
 TRAIN_DEADLINE_S = 2400
 FETCH_DEADLINE_S = 900
 SAMPLE_DEADLINE_S = 600
@@ -76,9 +77,9 @@ def load_record(path: Path, begin: str) -> Record:
 
 
 class Rehearsal:
-    """One machine on its way: `boot`, then the project's commands. Needs an entered Bed."""
+    """One machine on its way: `boot`, then the project's commands. Needs an entered bed."""
 
-    def __init__(self, bed: Bed, vm: Vm, console: Console, wishes: str = "") -> None:
+    def __init__(self, bed: Bed | OfficialBed, vm: Vm, console: Console, wishes: str = "") -> None:
         self.bed = bed
         self.name = bed.person.name if bed.person else NAME
         self.wishes = wishes  # TOML over the machine's own file
@@ -98,10 +99,11 @@ class Rehearsal:
 
     def boot(self, *, cold: bool, seed: Path | None = None) -> None:
         """A blank machine, in the live system; nothing is left of an earlier rehearsal."""
+        self.vm.claim()
         for folder in (self.machines, self.logs):
             shutil.rmtree(folder, ignore_errors=True)
-        self.bed.boot_live(self.vm, cold=cold, seed=seed)
         self.bed.write_machine_files(self.vm, machines_folder(), self.wishes)
+        self.bed.boot_live(self.vm, cold=cold, seed=seed)
 
     def boot_again(self) -> None:
         """The machine as it was left. Where its key is pinned its disk is complete, else the medium is chosen."""
@@ -109,13 +111,11 @@ class Rehearsal:
         installed = pins.exists() and any(
             line.startswith(f"{self.name} ") for line in pins.read_text().splitlines()
         )
-        self.vm.start(first="disk" if installed else "medium")
-        self.vm.wait_for_ssh()
         self.bed.write_machine_files(self.vm, machines_folder(), self.wishes)
+        self.bed.boot_again(self.vm, "disk" if installed else "medium")
 
     def provision(self) -> None:
-        fingerprint = fingerprint_of(parse_key(self.bed.parts.keys.host_line))
-        self.fab("provision", "--fingerprint", fingerprint, deadline_s=PROVISION_DEADLINE_S)
+        self.fab("provision", *self.bed.trust, deadline_s=self.bed.provision_deadline_s)
 
     def train(self) -> None:
         settings = [f"--set={key}={value}" for key, value in TRAINING.items()]
@@ -261,49 +261,97 @@ def rehearse(folder: Path, console: Console, *, resume: bool, cold: bool, keep: 
 
 
 def rehearse_machine(
-    machine: Machine, folder: Path, console: Console, *, resume: bool, cold: bool, keep: bool
+    machine: Machine, folder: Path, console: Console, *, resume: bool, cold: bool, keep: bool, iso: str = ""
 ) -> None:
-    """`provision` of a person's own machine, as its file has it, in a virtual machine with such disks; as `rehearse`."""
-    bed = Bed(folder, on_build=lambda name: console.print(f"  building {name}"), person=machine)
+    """`provision` of a person's own machine, as its file has it, in a virtual machine with such disks; as `rehearse`.
+
+    `iso`: the official ISO, which is booted as it is once its signature was checked; packages come from its mirrors.
+    """
     again = f"fab rehearse {machine.name} --resume"
-    go(bed, f"of-{machine.name}", ("provision",), again, console, resume=resume, cold=cold, keep=keep)
+    bed: Bed | OfficialBed
+    if iso:
+        console.print(f"Checking the signature of {iso}", soft_wrap=True, highlight=False)
+        checked = check_iso(Path(iso), folder / "logs" / "bed.log")
+        bed = OfficialBed(checked, machine, folder)
+        again += f" --iso {shlex.quote(iso)}"
+    else:
+        bed = Bed(folder, on_build=lambda name: console.print(f"  building {name}"), person=machine)
+    go(
+        bed,
+        of_person(machine.name, official=bool(iso)),
+        ("provision",),
+        again,
+        console,
+        resume=resume,
+        cold=cold,
+        keep=keep,
+    )
+
+
+def of_person(name: str, *, official: bool) -> str:
+    """The folder below `vm/` of a person's own machine."""
+    return f"iso-of-{name}" if official else f"of-{name}"
 
 
 def go(
-    entered: Bed, name: str, tasks: Sequence[str], again: str, console: Console, *, resume: bool, cold: bool, keep: bool
+    entered: Bed | OfficialBed, name: str, tasks: Sequence[str], again: str, console: Console, *, resume: bool, cold: bool, keep: bool
 ) -> None:  # fmt: skip
     """The phases of a rehearsal, `tasks` of them by the project's commands, of the machine in the bed's `vm/NAME`."""
     path = entered.folder / "vm" / name / "rehearsal.json"
-    record = load_record(path, again.removesuffix(" --resume")) if resume else Record(path)
+    record = load_record(path, again.replace(" --resume", "")) if resume else Record(path)
     phases = Phases(record, console, hint=f"Go on from here: {again}")
+    rehearsal, failed = None, None
     with ExitStack() as stack:
         try:
             with phases.run("programs"):
-                installed = tools.install_missing(entered.log)
+                installed = tools.install_missing(entered.log, entered.programs)
                 console.print(f"  installed {', '.join(installed)}" if installed else "  all there")
             with phases.run("bed"):
-                bed = stack.enter_context(entered)
-                alike = bed.likeness
-                vm = bed.machine(name, alike.disks, tpm=alike.tpm) if alike else bed.machine(name)
+                stack.enter_context(entered)
+                vm = new_machine(entered, name)
                 if not (cold or resume or vm.hardware.tpm):
-                    bed.snapshot(vm.hardware)
-                console.print(f"  {bed.accelerator.name}; repository and wheels at {bed.server.url('')}")
-                for difference in alike.differences if alike else ():
-                    console.print(f"  otherwise than the machine: {escape(difference)}", soft_wrap=True)
-            rehearsal = Rehearsal(bed, vm, console)
-            if keep:
-                stack.callback(lambda: hold(rehearsal))
+                    entered.prepare(vm)
+                show_bed(entered, console)
+            rehearsal = Rehearsal(entered, vm, console)
             with phases.run("boot"):
-                if resume:
-                    rehearsal.boot_again()
-                else:
-                    rehearsal.boot(cold=cold)
+                rehearsal.boot_again() if resume else rehearsal.boot(cold=cold)
             for task in tasks:
                 if not (resume and task in record.seconds):
                     with phases.run(task):
                         getattr(rehearsal, task)()
+        except ProvisionError as error:
+            failed = with_screen(error, rehearsal)
         finally:
             show_table(record, path.parent, console)
+        if keep and rehearsal and rehearsal.vm.running:
+            if failed:  # now, and not once somebody has pressed Ctrl-C
+                console.print(f"\n[red]error:[/] {escape(str(failed))}\n", soft_wrap=True, highlight=False)
+                failed = ProvisionError("It failed, as was said above.", failed.hint)
+            hold(rehearsal)
+    if failed:
+        raise failed
+
+
+def new_machine(bed: Bed | OfficialBed, name: str) -> Vm:
+    disks, tpm = (bed.likeness.disks, bed.likeness.tpm) if bed.likeness else (DISKS, False)
+    return bed.machine(name, disks, tpm=tpm)
+
+
+def show_bed(bed: Bed | OfficialBed, console: Console) -> None:
+    first, *more = bed.describe()
+    for line in (f"{bed.accelerator.name}; {first}", *more):
+        console.print(f"  {escape(line)}", soft_wrap=True, highlight=False)
+    for difference in bed.likeness.differences if bed.likeness else ():
+        console.print(f"  otherwise than the machine: {escape(difference)}", soft_wrap=True)
+
+
+def with_screen(error: ProvisionError, rehearsal: Rehearsal | None) -> ProvisionError:
+    """The same error; of a machine that is on and has a screen, with a picture of that."""
+    if rehearsal is None or not (rehearsal.vm.hardware.optical and rehearsal.vm.running):
+        return error
+    with suppress(ProvisionError, OSError):
+        return ProvisionError(error.message, f"{error.hint}\nIts screen: {rehearsal.vm.save_screen()}")
+    return error
 
 
 @dataclass
@@ -336,6 +384,7 @@ def hold(rehearsal: Rehearsal) -> None:
         return
     variables = f"METAL_MACHINES={rehearsal.machines}"
     which = f" --machine {rehearsal.name}" if rehearsal.bed.person else ""
+    which += " --iso" if isinstance(rehearsal.bed, OfficialBed) else ""
     rehearsal.console.print(
         f"The machine stays on until Ctrl-C. From another terminal:\n"
         f"  python -m provision.rehearsal ssh{which}\n  {variables} fab -H {rehearsal.name} plan",

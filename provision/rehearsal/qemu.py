@@ -8,6 +8,7 @@ from typing import Literal
 MEMORY_MIB = 2048
 PROCESSORS = 2
 MEDIUM = "medium-device"  # the id by which QEMU's control channel knows it
+OPTICAL_PORT = 5  # the last one of q35's SATA controller: disks begin with the first
 LAST = 9  # in the firmware's order, after every disk
 LOOPBACK = "127.0.0.1"
 NETWORK = "net"  # the id by which QEMU's control channel knows it
@@ -50,6 +51,9 @@ class Hardware:
     memory_mib: int = MEMORY_MIB
     processors: int = PROCESSORS
     tpm: bool = False
+    optical: bool = (
+        False  # the medium is a CD-ROM, and there is a screen; no state of such a machine is saved
+    )
 
     @property
     def key(self) -> str:
@@ -83,7 +87,7 @@ def arguments(
     without: Collection[str] = (),
     reversed_disks: bool = False,
 ) -> list[str]:
-    """argv of QEMU: the medium comes first on the bus, so with virtio disks it is /dev/vda.
+    """argv of QEMU: the medium comes first on the bus, so with virtio disks it is /dev/vda, unless it is optical.
 
     A tool that takes the first disk that it sees would wipe its own boot medium here.
     `first` is what the firmware tries first; an empty disk falls through to the medium.
@@ -109,10 +113,13 @@ def arguments(
     argv += ["-netdev", f"user,id={NETWORK},hostfwd={forward(ssh_address, ssh_port)}-:22"]
     argv += ["-device", f"virtio-net-pci,netdev={NETWORK},romfile="]
     argv += ["-drive", f"if=none,id=medium,format=raw,readonly=on,file={escaped(files.medium)}"]
+    kind = f"ide-cd,bus=ide.{OPTICAL_PORT}" if hardware.optical else "virtio-blk-pci"
     argv += [
         "-device",
-        f"virtio-blk-pci,id={MEDIUM},drive=medium,serial=MEDIUM,bootindex={0 if first == 'medium' else LAST}",
+        f"{kind},id={MEDIUM},drive=medium,serial=MEDIUM,bootindex={0 if first == 'medium' else LAST}",
     ]
+    if hardware.optical:
+        argv += ["-device", "VGA"]
     argv += disk_arguments(hardware.disks, files.disks, without=without, reversed_disks=reversed_disks)
     if files.seed:
         argv += ["-drive", f"if=none,id=seed,format=raw,readonly=on,file={escaped(files.seed)}"]

@@ -19,10 +19,16 @@ class Tool:
     arch: str
 
 
-TOOLS = (
+MACHINE_TOOLS = (
     Tool("qemu-system-x86_64", "qemu-system-x86", "qemu-system-x86"),
     Tool("qemu-img", "qemu-utils", "qemu-img"),
     Tool("swtpm", "swtpm", "swtpm"),
+    Tool("setpriv", "util-linux", "util-linux"),
+)
+TOOLS = (
+    *MACHINE_TOOLS,
+    Tool("gpg", "gpg", "gnupg"),  # for the tests of the official ISO, which make one, and keys
+    Tool("xorriso", "xorriso", "libisoburn"),
     Tool("mksquashfs", "squashfs-tools", "squashfs-tools"),
     Tool("mcopy", "mtools", "mtools"),
     Tool("mkfs.fat", "dosfstools", "dosfstools"),
@@ -30,25 +36,30 @@ TOOLS = (
     Tool("zstd", "zstd", "zstd"),
     Tool("ssh-keygen", "openssh-client", "openssh"),
     Tool("rsync", "rsync", "rsync"),
-    Tool("setpriv", "util-linux", "util-linux"),
     Tool("/usr/sbin/sshd", "openssh-server", "openssh"),  # for the tests of the transport
     Tool("dropbear", "dropbear-bin", "dropbear"),  # for those too
     Tool("cryptsetup", "cryptsetup-bin", "cryptsetup"),
     Tool("nft", "nftables", "nftables"),  # for the tests of the person's base
     Tool("visudo", "sudo", "sudo"),
 )
-# What differs between the two distributions: where the firmware lies, and who can make a Debian root.
+# What differs between the two distributions: where the firmware and Arch's keys lie, and who can make a Debian root.
+DEBIAN_FIRMWARE = (Tool("/usr/share/OVMF/OVMF_CODE_4M.fd", "ovmf", ""),)
+ARCH_FIRMWARE = (Tool("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "", "edk2-ovmf"),)
+KEYRINGS = {
+    "debian": "/usr/share/keyrings/archlinux.gpg",
+    "arch": "/usr/share/pacman/keyrings/archlinux.gpg",
+}
 DEBIAN_ONLY = (
     Tool("mmdebstrap", "mmdebstrap", ""),
     Tool(
         "/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring", ""
     ),  # Ubuntu has another
-    Tool("/usr/share/OVMF/OVMF_CODE_4M.fd", "ovmf", ""),
+    *DEBIAN_FIRMWARE,
 )
 ARCH_ONLY = (  # mmdebstrap is not in Arch's own repositories, debootstrap is
     Tool("debootstrap", "", "debootstrap"),
     Tool("/usr/share/keyrings/debian-archive-keyring.gpg", "", "debian-archive-keyring"),
-    Tool("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "", "edk2-ovmf"),
+    *ARCH_FIRMWARE,
 )
 FIRMWARE = (  # (code, template of the variables)
     ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
@@ -72,19 +83,39 @@ def distribution() -> str:
     return "debian" if shutil.which("apt-get") else ""
 
 
-def missing_packages() -> list[str]:
+def for_all() -> tuple[Tool, ...]:
+    """What a rehearsal with the stand-in medium needs, and what the tests do."""
+    return (*TOOLS, *(ARCH_ONLY if distribution() == "arch" else DEBIAN_ONLY), *for_signatures())
+
+
+def for_machines() -> tuple[Tool, ...]:
+    """What a virtual machine needs whose medium is there already."""
+    return MACHINE_TOOLS + (ARCH_FIRMWARE if distribution() == "arch" else DEBIAN_FIRMWARE)
+
+
+def for_signatures() -> tuple[Tool, ...]:
+    """What checks Arch's signature, and Arch's keys."""
+    return (Tool("gpgv", "gpgv", "gnupg"), Tool(arch_keyring(), "archlinux-keyring", "archlinux-keyring"))
+
+
+def arch_keyring() -> str:
+    """Where the package archlinux-keyring of this distribution has Arch's keys."""
+    return KEYRINGS["arch" if distribution() == "arch" else "debian"]
+
+
+def missing_packages(wanted: Sequence[Tool]) -> list[str]:
     """Packages of this distribution whose commands are not there."""
     arch = distribution() == "arch"
-    wanted = TOOLS + (ARCH_ONLY if arch else DEBIAN_ONLY)
     return sorted({tool.arch if arch else tool.debian for tool in wanted if not find(tool.command)})
 
 
-def install_missing(log: Path) -> list[str]:
-    """Install what is missing, through sudo where needed; the packages that were.
+def install_missing(log: Path, wanted: Sequence[Tool] = ()) -> list[str]:
+    """Install what is missing, by default of all, through sudo where needed; the packages that were.
 
     Raises ProvisionError on a host that is neither Debian nor Arch, naming what it needs.
     """
-    packages = missing_packages()
+    wanted = wanted or for_all()
+    packages = missing_packages(wanted)
     if not packages:
         return []
     match distribution():
@@ -103,7 +134,7 @@ def install_missing(log: Path) -> list[str]:
             )
     for command in commands:
         run([*as_root(), "env", "DEBIAN_FRONTEND=noninteractive", *command], log=log)
-    if still := missing_packages():
+    if still := missing_packages(wanted):
         raise ProvisionError(f"Installed, and yet not found: {', '.join(still)}", f"See {log}")
     return packages
 

@@ -162,6 +162,13 @@ class Vm:
         assert self.qmp, "not started"
         return str(self.qmp.command("query-status")["status"])
 
+    def save_screen(self) -> Path:
+        """A picture of what is on the screen, of a machine that has one, in its folder."""
+        assert self.qmp, "not started"
+        path = self.folder / "screen.png"
+        self.qmp.command("screendump", filename=str(path), format="png")
+        return path
+
     def save(self, folder: Path) -> None:
         """Freeze the machine and write `state` and `variables.fd`; it is of no use afterwards."""
         assert self.qmp, "not started"
