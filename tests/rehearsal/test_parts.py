@@ -449,3 +449,10 @@ def test_options_of_a_volume_are_its_own_or_those_of_all(options: str, chosen: s
         check=True,
     )
     assert done.stdout.strip() == chosen
+
+
+def test_other_tasks_do_not_wait_for_the_rehearsal_to_be_imported() -> None:
+    look = (
+        "import sys, fabfile; sys.exit(sum(name.startswith('provision.rehearsal') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", look], cwd=loop.PROJECT, check=False).returncode == 0
