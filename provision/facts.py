@@ -20,9 +20,10 @@ holdings() {  # the device's partitions, file systems, labels and identities; wi
   lsblk --bytes --raw --noheadings --output TYPE,SIZE,FSTYPE,LABEL,UUID,PARTTYPE,PARTUUID,PARTLABEL "$1" | grep -E '^(disk|part) '
 }
 is_blank() {  # DISK: no signature that wipefs knows, and zeros where tables and superblocks would be
-  local end_mib=$(($(blockdev --getsize64 "$1") / 1048576 - 1)) signatures start_mib
+  local bytes signatures start_mib
+  bytes=$(blockdev --getsize64 "$1") && ((bytes >= 1048576)) || return  # a card reader without a card, a disk just pulled out
   signatures=$(wipefs --no-act --noheadings "$1") && [[ -z $signatures ]] || return
-  for start_mib in 0 "$end_mib"; do
+  for start_mib in 0 $((bytes / 1048576 - 1)); do
     dd if="$1" bs=1M skip="$start_mib" count=1 status=none | cmp --silent --bytes=1048576 - /dev/zero || return
   done
 }

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from provision.errors import ProvisionError
-from provision.facts import PROBE, Facts, parse_facts
+from provision.facts import HOLDINGS, PROBE, Facts, parse_facts
 from tests.provision.conftest import PROBED_LIVE
 
 
@@ -39,3 +39,10 @@ def test_the_probe_runs_on_this_computer_and_changes_nothing() -> None:
 def test_a_cut_answer_is_refused() -> None:
     with pytest.raises(ProvisionError, match="incomplete"):
         parse_facts(PROBED_LIVE.replace("@end", ""))
+
+
+def test_what_has_no_size_is_not_blank() -> None:
+    """A card reader without a card, or a disk that was pulled out: the probe goes on."""
+    script = HOLDINGS + "if is_blank /dev/null 2> /dev/null; then echo blank; else echo something; fi; echo on"
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "something\non\n"
