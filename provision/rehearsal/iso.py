@@ -19,6 +19,8 @@ from provision.rehearsal import tools
 
 RELEASE_KEY = "3E80CA1A8B89F69CBA57D98A76A5EF9054449A5C"
 DOWNLOAD = "https://archlinux.org/download/"
+ARCH = "https://archlinux.org/iso"  # has the signatures, so that no mirror has to be asked for one
+MIRROR = "https://geo.mirror.pkgbuild.com/iso"
 KERNEL = "arch/boot/x86_64/vmlinuz-linux"  # in the ISO 9660 part, as archiso's mkarchiso puts it there
 CHECK_S = 600  # a gigabyte and a half from a slow disk
 
@@ -66,8 +68,8 @@ def check_iso(path: Path, log: Path, *, signer: str = RELEASE_KEY, keyring: Path
     if not signature.is_file():
         raise ProvisionError(
             f"There is no {signature}: whether {path.name} is Arch's cannot be told without it.",
-            f"curl -fLo {shlex.quote(str(signature))} {signature_url(path.name)}\n"
-            f"Of an older or renamed one it is beside it, where it came from; of the newest: {DOWNLOAD}",
+            download(path.name + ".sig", signature, ARCH)
+            or f"It is beside the ISO, where that came from: {DOWNLOAD}",
         )
     if keyring is None:
         tools.install_missing(log, tools.for_signatures())
@@ -86,7 +88,7 @@ def look_at(path: Path) -> str:
             if there < volume.size_bytes:
                 raise ProvisionError(
                     f"{path} is cut short: it has {there} bytes of {volume.size_bytes}.",
-                    f"The download goes on with: curl -C - -fLo {shlex.quote(str(path))} {iso_url(path.name)}\n{again}",
+                    download(path.name, path, MIRROR) or again,
                 )
             find_file(file, volume, KERNEL)
     except OSError as error:
@@ -161,18 +163,12 @@ def read_kernel(iso: Path) -> bytes:
         return file.read(place.size_bytes)
 
 
-def signature_url(name: str) -> str:
-    """Where Arch itself, not one of its mirrors, has the signature of an ISO of that name; else of the newest."""
-    return f"https://archlinux.org/iso/{release_path(name)}.sig"
-
-
-def iso_url(name: str) -> str:
-    return f"https://geo.mirror.pkgbuild.com/iso/{release_path(name)}"
-
-
-def release_path(name: str) -> str:
-    dated = re.fullmatch(r"archlinux-(\d{4}\.\d\d\.\d\d)-x86_64\.iso", name)
-    return f"{dated[1]}/{name}" if dated else "latest/archlinux-x86_64.iso"
+def download(name: str, to: Path, source: str) -> str:
+    """What fetches that file of a release, or goes on with it; "" where its name is none of a release's."""
+    dated = re.fullmatch(r"archlinux-(?:(\d{4}\.\d\d\.\d\d)-)?x86_64\.iso(?:\.sig)?", name)
+    if not dated:
+        return ""
+    return f"curl -C - -fLo {shlex.quote(str(to))} {source}/{dated[1] or 'latest'}/{name}"
 
 
 def ask_gpgv(iso: Path, signature: Path, keyring: Path) -> str:
