@@ -43,6 +43,10 @@ def test_a_cut_answer_is_refused() -> None:
 
 def test_what_has_no_size_is_not_blank() -> None:
     """A card reader without a card, or a disk that was pulled out: the probe goes on."""
-    script = HOLDINGS + "if is_blank /dev/null 2> /dev/null; then echo blank; else echo something; fi; echo on"
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, check=True)
+    script = (
+        HOLDINGS + "if is_blank /dev/null 2> /dev/null; then echo blank; else echo something; fi; echo on"
+    )
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "something\non\n"
