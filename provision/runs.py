@@ -206,7 +206,9 @@ fi
 
 # Only what is not at work; renamed first, so that a half-removed run is not taken for one.
 REMOVE = r"""
-cd "${folder%/*}" 2>/dev/null && [ -d "$folder" ] || { echo missing; exit; }
+cd "${folder%/*}" 2>/dev/null || { echo missing; exit; }
+rm -rf ".${folder##*/}.removed"  # what an earlier call was cut off at
+[ -d "$folder" ] || { echo missing; exit; }
 case "$(systemctl is-active "$unit.service" || true)" in
   active|activating|deactivating|reloading) echo running; exit;;
 esac

@@ -257,6 +257,16 @@ def test_the_start_is_sent_twice_and_there_is_one_run(sshd: Sshd, proxy: Proxy) 
         assert sshd.path("/run/starts").read_text() == "start\n"
 
 
+def test_other_settings_for_a_run_at_work_are_refused_and_not_forgotten(host: Host, sshd: Sshd) -> None:
+    sshd.path(f"{HOME}/pace").write_text("0.1")
+    run = train(host, 1000, detach=True)
+    said: list[str] = []
+    with pytest.raises(ProvisionError, match=f"box is already training: {run}"):
+        train(host, 2000, said, resume=run, share=True, detach=True)
+    assert not any("has started" in line for line in said)
+    jobs.stop(host, host.wanted.machine, now=True, say=said.append)
+
+
 def test_stop_now_does_not_save(host: Host, sshd: Sshd) -> None:
     machine = host.wanted.machine
     sshd.path(f"{HOME}/pace").write_text("0.1")
@@ -310,6 +320,16 @@ def test_logs_sample_report_and_remove(host: Host, sshd: Sshd, tmp_path: Path) -
     for verb in (jobs.logs, jobs.resume):
         with pytest.raises(ProvisionError, match=f"There is no run {run} on box"):
             verb(host, machine, run)
+
+
+def test_a_removal_that_was_cut_off_is_gone_on_with(host: Host, sshd: Sshd) -> None:
+    """Between the renaming and the last byte: the checkpoints would lie there for ever, under a name that nothing shows."""
+    machine, said = host.wanted.machine, list[str]()
+    run = train(host, 12)
+    sshd.path(f"{RUNS}/{run}").rename(sshd.path(f"{RUNS}/.{run}.removed"))
+    with pytest.raises(ProvisionError, match="There is no run"):
+        jobs.remove(host, machine, run, yes=True, ask=lambda question, within_s=None: "", say=said.append)
+    assert not list(sshd.path(RUNS).iterdir())
 
 
 def test_a_run_at_work_is_not_removed_and_is_sampled_on_the_processor(host: Host, sshd: Sshd) -> None:
