@@ -27,7 +27,7 @@ DAY_BEFORE = f"{STATE}/day-before-update"
 SETTLE = "metal-settle-update"
 SETTLE_UNIT = f"/etc/systemd/system/{SETTLE}.service"
 ONLINE_S = 300
-KEPT_MODULES = f"{STATE}/modules"  # of the kernel that runs, where there are no snapshots
+KEPT_MODULES = f"{STATE}/modules"  # where there are no snapshots, from before packages change to the proof
 KEEP = "metal-keep-modules"
 KEEP_UNIT = f"/etc/systemd/system/{KEEP}.service"
 
@@ -35,6 +35,7 @@ COMMON = f"""\
 before=/.snapshots/{BEFORE} kept=/boot/{BEFORE} entry=/boot/loader/entries/{BEFORE}.conf
 number() {{ btrfs inspect-internal rootid "$1" 2> /dev/null || true; }}
 named() {{ sed -n 's/.*subvolid=\\([0-9]*\\).*/\\1/p' "$entry" 2> /dev/null || true; }}
+booting() {{ sed -n 's/^default \\(.*\\)\\.conf$/\\1/p' /boot/loader/loader.conf 2> /dev/null || true; }}
 choose() {{  # ENTRY: what boots from now on
   {{ echo "default $1.conf"; sed '/^default /d' /boot/loader/loader.conf || true; }} > /boot/loader/loader.new
   sync --file-system /boot
@@ -122,11 +123,21 @@ sync"""
 
 
 def note_packages() -> Step:
-    """Where there are no snapshots: what `rollback` goes back to is a day of the archive.
+    """Where there are no snapshots: what `rollback` goes back to is a day of the archive."""
+    return Script(
+        "note of the packages",
+        why="no snapshots on this file system: `rollback` will take the packages of that day from the archive",
+        probe=f"[[ -e {UPDATING} ]] && echo yes",
+        script=f"{COMMON}{keep_modules()}\n{record()}",
+    )
 
-    In a transaction pacman takes the running kernel's modules away long before the new kernel is on the ESP. A machine that
-    loses its power in between boots the old kernel, which without modules mounts no ESP and finds no network: so they are
-    kept aside, and a unit puts them back at such a boot, early.
+
+def keep_modules() -> str:
+    """Bash: before all packages change without a snapshot.
+
+    In a transaction pacman takes a kernel's modules away long before the new kernel is on the ESP. A machine that loses its
+    power in between boots the old kernel, which without modules mounts no ESP and finds no network: so those of every
+    kernel are kept aside, and a unit puts them back at such a boot, early.
     """
     unit = f"""\
 [Unit]
@@ -144,23 +155,21 @@ ExecStart=/usr/bin/cp -a {KEPT_MODULES}/%v /usr/lib/modules/
 [Install]
 WantedBy=sysinit.target
 """
-    return Script(
-        "note of the packages",
-        why="no snapshots on this file system: `rollback` will take the packages of that day from the archive",
-        probe=f"[[ -e {UPDATING} ]] && echo yes",
-        script=f"""{COMMON}demand_boot
-running=/usr/lib/modules/$(uname -r)
-rm -rf {KEPT_MODULES}
+    return f"""demand_boot
 mkdir -p {KEPT_MODULES}
-if [[ -d $running/kernel ]]; then
-  cp -al "$running" {KEPT_MODULES}/ 2> /dev/null || cp -a "$running" {KEPT_MODULES}/
-  rm -f {KEPT_MODULES}/*/{{pkgbase,vmlinuz}}  # whatever makes an initramfs of each kernel would take it for one
-  printf %s {quote(unit)} > {KEEP_UNIT}
-  systemctl daemon-reload
-  systemctl enable {KEEP}.service
-fi
-{record()}""",
-    )
+aside={KEPT_MODULES}
+for kernel in /usr/lib/modules/*/kernel; do
+  version=${{kernel%/kernel}}
+  version=${{version##*/}}
+  [[ -d $kernel && ! -e $aside/$version ]] || continue
+  rm -rf $aside/.new
+  cp -al "/usr/lib/modules/$version" $aside/.new 2> /dev/null || {{ rm -rf $aside/.new; cp -a "/usr/lib/modules/$version" $aside/.new; }}
+  rm -f $aside/.new/{{pkgbase,vmlinuz}}  # whatever makes an initramfs of each kernel would take it for one
+  mv -T $aside/.new "$aside/$version"
+done
+printf %s {quote(unit)} > {KEEP_UNIT}
+systemctl daemon-reload
+systemctl enable {KEEP}.service"""
 
 
 # The new kernel is on the ESP: without them it is plain that the one that runs is the old one.
@@ -177,21 +186,28 @@ rm -rf {KEPT_MODULES}"""
 
 
 def upgrade(machine: Machine, packages: tuple[str, ...]) -> Step:
-    """One transaction. Where nothing came of it, all is as before; where it broke off, the snapshot is what boots."""
+    """One transaction. Where nothing came of it, all is as before; where it broke off, the snapshot is what boots.
+
+    An update under way may be given again: what an earlier try brought stays one that is to be proved or taken back.
+    """
     guarded = has_snapshots(machine)
     main = default_entry(machine)
+    stay = f'else choose "${{boots:-{BEFORE}}}"' if guarded else ""
     return Script(
         "upgrade",
         why="all packages, in one transaction; a full upgrade is the only one that Arch supports",
         probe="false",
         script=f"""{COMMON}
 state() {{ pacman -Q | sha256sum; }}
-was=$(state)
+was=$(state) boots=$(booting)
 {f"choose {BEFORE}" if guarded else ""}
 give_up() {{
   if [[ $(state) == "$was" && ! -e "$root"{STATE}/packages-in-doubt ]]; then
-    {f"choose {main}" if guarded else FORGET_MODULES}
-    rm -f {UPDATING}
+    if [[ $was == "$(sha256sum < {PACKAGES_BEFORE})" ]]; then
+      {f"choose {main}" if guarded else FORGET_MODULES}
+      rm -f {UPDATING}
+    {stay}
+    fi
     echo 'No package was changed.'
   else
     echo '{"Packages were changed. Until an update succeeds, the system from before it is what boots: fab rollback makes that the only one" if guarded else "Packages were changed: run the update again"}.'
@@ -356,7 +372,8 @@ def downgrade(archive: str) -> Step:
         "downgrade",
         why="no snapshot: all packages as the archive has them of the day before the update",
         probe="false",
-        script=f"""day=$(cat {DAY_BEFORE})
+        script=f"""{COMMON}{keep_modules()}
+day=$(cat {DAY_BEFORE})
 conf=$(mktemp) list=$(mktemp)
 trap 'rm -f "$conf" "$list"' EXIT
 line={servers}
@@ -366,6 +383,7 @@ chmod 644 "$conf" "$list"
 (set -e
 {transaction("", '--config "$conf" -Syyuu')})
 {fit_kernels()}
+{DROP_RESTORED}
 {FORGET_MODULES}
 rm -f {UPDATING} {DAY_BEFORE}
 sync""",
