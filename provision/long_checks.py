@@ -129,6 +129,10 @@ def load(seconds: int) -> Check:
                 "hardware slows it down",
                 "Heat or too little power: at the temperature that is told, which? Fans and the case's air; cables and power supply.",
             ),
+            (
+                "it broke off",
+                "It fails under load: heat, power supply, or the card. On the machine: journalctl --dmesg --boot | grep NVRM",
+            ),
             ("PCIe lanes", "A card sits in a slot with too few lanes, or loosely; or its riser is bad."),
             (
                 "its speed fell",

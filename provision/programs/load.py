@@ -22,10 +22,7 @@ SLOWED = {
     0x40: "too hot, by the hardware",
     0x80: "the power supply brakes it",
 }
-REASONS = (
-    "clocks_event_reasons.active",
-    "clocks_throttle_reasons.active",
-)  # the second name until driver 535
+REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # the second until driver 535
 FIELDS = "index,temperature.gpu,power.draw,clocks.sm,pcie.link.width.current,pcie.link.width.max"
 SLOWER = 0.8  # of its first speed: less at the end is too little
 TELL_S = 5.0
@@ -41,6 +38,7 @@ class Seen:
     narrow: str = ""  # its place on the bus gives fewer lanes than it has
     tflops: list[float] = field(default_factory=list)
     wrong: float = 0.0  # of the largest element
+    failed: str = ""  # what ended its work before the time
 
 
 def number(text: str) -> float | None:
@@ -136,14 +134,17 @@ class Worker:
 
 
 def press(index: int, device: torch.device, seen: Seen, ends: float) -> None:
-    worker = Worker(device)
-    worker.work(0)  # the first takes the time that libraries take to start
-    while True:  # once at least: on a busy computer the libraries may have taken all of the time
-        rate, wrong = worker.work(min(ends, time.perf_counter() + 1))
-        seen.tflops.append(rate)
-        seen.wrong = max(seen.wrong, wrong)
-        if time.perf_counter() >= ends:
-            return
+    try:
+        worker = Worker(device)
+        worker.work(0)  # the first takes the time that libraries take to start
+        while True:  # once at least: on a busy computer the libraries may have taken all of the time
+            rate, wrong = worker.work(min(ends, time.perf_counter() + 1))
+            seen.tflops.append(rate)
+            seen.wrong = max(seen.wrong, wrong)
+            if time.perf_counter() >= ends:
+                return
+    except Exception as error:  # whatever it is: a card that leaves the bus after a minute is not a good one
+        seen.failed = (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def judge(name: str, card: Seen, *, alone: bool) -> tuple[str, bool]:
@@ -160,6 +161,8 @@ def judge(name: str, card: Seen, *, alone: bool) -> tuple[str, bool]:
         wrong.append(f"it has only {card.narrow}")
     if alone and last < SLOWER * first:
         wrong.append(f"its speed fell from {first:.3g}")
+    if card.failed:
+        wrong.append(f"it broke off: {card.failed}")
     if card.wrong > 1e-2:
         wrong.append(f"the same product came out differently, by {card.wrong:.2g} of its largest element")
     return said + "".join(f"; {text}" for text in wrong), not wrong
@@ -199,7 +202,7 @@ def main(seconds: float) -> int:
     good = True
     for index, card in seen.items():
         if not card.tflops:
-            print(f"{devices[index]}: it did no work; see the lines above")
+            print(f"{devices[index]}: it broke off: {card.failed}")
             good = False
             continue
         name = torch.cuda.get_device_name(index) if cards else "processor"

@@ -235,6 +235,27 @@ def test_a_product_that_comes_out_differently_is_found(monkeypatch: pytest.Monke
     assert worker.work(0)[1] == float("inf")
 
 
+def test_what_breaks_off_is_not_well(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a card does that leaves the bus after some good seconds; the error is put in, for there is no card here."""
+    program = module("load")
+    turns = iter([1.0] * 5)
+
+    def work(self: object, until: float) -> tuple[float, float]:
+        if (rate := next(turns, None)) is None:
+            raise RuntimeError("CUDA error: unspecified launch failure\nMore of it")
+        return rate, 0.0
+
+    monkeypatch.setattr(program.Worker, "work", work)
+    for seen in ("1 TFLOP/s", "cpu"):  # the second breaks off at once
+        assert program.main(600) == 1
+        said = capsys.readouterr().out
+        assert seen in said
+        assert "it broke off: CUDA error: unspecified launch failure\n" in said
+        assert "fails under load" in load(60).remedy_for(said)
+
+
 @pytest.mark.parametrize(
     ("line", "changes", "seen", "remedy"),
     [
