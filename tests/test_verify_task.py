@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from provision import verify as verifying
-from provision.checks import Check
+from provision.checks import Check, render_checks
 from provision.errors import ProvisionError
 from provision.host import Host
+from provision.units import folder_of
 from provision.verify import verify_machine
 from tests.sshd import Sshd, sshd
 from tests.test_tasks import fab, refused
@@ -55,6 +56,18 @@ def test_all_of_it_is_shown_and_kept(host: Host, tmp_path: Path, monkeypatch: py
     assert json.loads(path.read_text())["good"] is True
     page = (tmp_path / "verify/index.html").read_text()
     assert "123 tokens/s" in page
+
+
+def test_another_verification_that_is_at_work_ends_first_and_says_nothing_of_this_one(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after Ctrl-C and an update of this program, with which the checks are others."""
+    before, now = (Check("disk speed", f"echo {when}", "-") for when in ("before; sleep 1", "now"))
+    script = render_checks([before, Check("load", "echo before", "-")])
+    host.start_unit(verifying.UNIT, script, folder=folder_of(verifying.UNIT), user="ml")
+    monkeypatch.setattr(verifying, "long_checks", lambda *given: [now])
+    record = verify_machine(host.wanted.machine, host, tmp_path, Console(quiet=True), say=lambda line: None)
+    assert [(entry.name, entry.seen) for entry in record.entries] == [("one", "well"), ("disk speed", "now")]
 
 
 def test_what_is_wrong_is_kept_and_told_with_its_remedy(
