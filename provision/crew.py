@@ -178,7 +178,10 @@ def already_training(host: Host, run: str) -> ProvisionError:
 
 
 def start_all(crew: Sequence[Host], folder: Folder, run: str, nodes: Sequence[Node], script: str = "") -> str:
-    """`start_run` on every machine, the leader last; what it said. Where one fails, the others are as they were."""
+    """`start_run` on every machine, the leader last; what it said. Where one fails, the others are as they were.
+
+    `nodes`: none where the run keeps the places that it has.
+    """
     places = {node.name: node.render() for node in nodes}
     names = [host.name for host in crew]
 
@@ -194,7 +197,10 @@ def start_all(crew: Sequence[Host], folder: Folder, run: str, nodes: Sequence[No
             )
         return said
 
-    if len(crew) == 1:
+    if (
+        not nodes
+    ):  # one machine, or a run at work on the first: a machine that gives no answer is no reason to end it
+        on_all(crew[1:], start)
         return start(crew[0])
     try:
         on_all(crew[1:], start)

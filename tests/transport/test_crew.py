@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from provision import jobs, runs, status
+from provision import crew, jobs, runs, status
 from provision.crew import Member, demand_alike, process_arguments
-from provision.errors import ProvisionError
+from provision.errors import ConnectionLost, ProvisionError
 from provision.host import Host
 from provision.meet import Address, Listening, Way, choose_nodes
 from provision.preflight import look
@@ -267,6 +267,28 @@ def test_every_verb_knows_who_leads(idle: Pair) -> None:
         assert read(two, name, f"{run}/status") == "137\n", name
     jobs.remove(anna, anna.wanted.machine, run, yes=True, ask=input, say=lines.append)
     assert lines[-1] == f"Its part on berta is still there: fab -H berta remove --run {run}"
+
+
+def test_a_machine_that_gives_no_answer_is_no_reason_to_end_a_run_at_work(
+    idle: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`resume` of what is at work, while the way from here to berta breaks off: to the run that is nothing."""
+    two, lines = idle, list[str]()
+    anna, start_run = two.hosts["anna"], crew.start_run
+    run = train(two, ["train.steps=100000"], lines, detach=True)
+
+    def start(host: Host, *given: Any, **options: Any) -> str:
+        if host.name == "berta":
+            raise ConnectionLost("berta closed the connection.")
+        return start_run(host, *given, **options)
+
+    monkeypatch.setattr(crew, "start_run", start)
+    with pytest.raises(ConnectionLost):
+        jobs.resume(anna, anna.wanted.machine, reach=two.reach, detach=True, say=lines.append)
+    for name in two.hosts:
+        assert systemctl(two, name, "is-active", f"metal-run-{run}") == "active"
+        assert read(two, name, f"{run}/status") == ""
+    stop(anna, two, lines, now=True)
 
 
 def test_as_it_is_typed(two: Pair, tmp_path: Path) -> None:
