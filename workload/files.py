@@ -47,12 +47,13 @@ def only_one(folder: Path) -> Iterator[None]:
     """Hold the folder against a second command; the lock goes with the process, however it ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise WorkloadError(
+                f"{folder}: another command is at work there", "wait for it, or name another --out"
+            ) from error
         yield
-    except BlockingIOError as error:
-        raise WorkloadError(
-            f"{folder}: another command is at work there", "wait for it, or name another --out"
-        ) from error
     finally:
         os.close(descriptor)
 

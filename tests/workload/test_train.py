@@ -163,6 +163,12 @@ def test_a_folder_is_trained_in_by_one_at_a_time(config: Config, tmp_path: Path)
     assert run(with_train(config, steps=20), out).step == 20  # the lock goes with who holds it
 
 
+def test_what_fails_inside_of_a_locked_folder_is_told_as_it_is(tmp_path: Path) -> None:
+    """Output to a terminal that does not block, for one: that is no second training."""
+    with pytest.raises(BlockingIOError), only_one(tmp_path):
+        raise BlockingIOError
+
+
 def test_every_stop_and_resume_is_the_same_as_no_stop(config: Config, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     # checkpoints that a stop adds would be pruned at another time: keep all, and compare those of the plan
