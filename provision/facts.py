@@ -29,8 +29,10 @@ is_blank() {  # DISK: no signature that wipefs knows, and zeros where tables and
 }
 """
 
+# In a subshell: whatever follows it in one exec has none of its variables.
 PROBE = (
-    HOLDINGS
+    "(\n"
+    + HOLDINGS
     + r"""
 used_bytes() {  # DEVICE KIND: bytes in use, read from the file system's own records, without mounting it
   case $2 in
@@ -109,6 +111,7 @@ for screen in /sys/class/drm/*/edid; do
   printf '%s %s\n' "${connector##*/}" "$(base64 --wrap=0 "$screen" || true)"
 done
 section end
+)
 """
 )
 

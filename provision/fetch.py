@@ -26,7 +26,7 @@ from provision.host import Host
 from provision.machine import Machine
 from provision.runs import checked_run
 from provision.transfer import hash_file, human
-from provision.units import variables
+from provision.units import AT_WORK, variables
 
 MANIFEST = "manifest.json"
 BESIDE = ("config.toml", "metrics.jsonl", "report.html")  # of a run, fetched when they differ
@@ -51,11 +51,7 @@ for run in ${only:-*}; do
   case "$run" in *[!A-Za-z0-9._-]*) continue;; esac
   [ -d "$run" ] || continue
   echo "run $run"
-  if [ ! -e "$run/status" ]; then
-    case "$(systemctl is-active "metal-run-$run.service" || true)" in
-      active|activating|deactivating|reloading) echo at-work;;
-    esac
-  fi
+  if [ ! -e "$run/status" ] && at_work "metal-run-$run"; then echo at-work; fi
   for name in $beside; do
     [ -f "$run/$name" ] || continue
     sum=$(sha256sum <"$run/$name")
@@ -293,7 +289,7 @@ def list_remote(host: Host, machine: Machine, run: str) -> Listing:
         beside=" ".join(BESIDE),
         pointers=" ".join(POINTERS),
     )
-    listing = parse_listing(host.look(values + LIST, as_root=False, deadline_s=600).stdout)
+    listing = parse_listing(host.look(values + AT_WORK + LIST, as_root=False, deadline_s=600).stdout)
     if not listing.runs:
         asked = f"There is no run {run} on {host.name}." if run else f"There is no run on {host.name} yet."
         raise ProvisionError(asked, f"fab -H {host.name} {'fetch-checkpoints' if run else 'train'}")

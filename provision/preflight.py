@@ -11,7 +11,7 @@ from provision.machine import Machine
 from provision.runs import Folder
 from provision.system.python import ENVIRONMENT, python
 from provision.transfer import human
-from provision.units import variables
+from provision.units import AT_WORK, variables
 from workload.config import TOKENIZERS, Config, ModelConfig
 
 DEADLINE_S = 120
@@ -29,11 +29,9 @@ for id in "$folder"/runs/*/id; do
   echo "last ${run##*/}"
   [ ! -e "$run/hosts" ] || echo "hosts ${run##*/} $(head -c 2000 "$run/hosts")"
   [ ! -e "$run/status" ] || continue
-  case "$(systemctl is-active "metal-run-${run##*/}.service" || true)" in
-    active|activating|deactivating|reloading)
-      sum=$(sed "s/${run##*/}/RUN/g" <"$run/script" | sha256sum)
-      echo "active ${run##*/} ${sum%% *}";;
-  esac
+  at_work "metal-run-${run##*/}" || continue
+  sum=$(sed "s/${run##*/}/RUN/g" <"$run/script" | sha256sum)
+  echo "active ${run##*/} ${sum%% *}"
 done
 """
 CHECK = r"""
@@ -127,7 +125,9 @@ def demand_installed(host: Host) -> None:
 def look_for_runs(host: Host, machine: Machine) -> Runs:
     """One exec."""
     demand_installed(host)
-    return parse_runs(host.look(variables(user=machine.user.name, name=machine.train.folder) + RUNS).stdout)
+    return parse_runs(
+        host.look(variables(user=machine.user.name, name=machine.train.folder) + AT_WORK + RUNS).stdout
+    )
 
 
 def look(host: Host, machine: Machine, source: str, data: str) -> Seen:
@@ -141,8 +141,7 @@ def look(host: Host, machine: Machine, source: str, data: str) -> Seen:
         data=data,
         cards=CARDS,
     )
-    # The probe first: it has variables of its own, and one of them is `source`.
-    return parse_seen(host.look(PROBE + values + RUNS + CHECK, deadline_s=DEADLINE_S).stdout)
+    return parse_seen(host.look(PROBE + values + AT_WORK + RUNS + CHECK, deadline_s=DEADLINE_S).stdout)
 
 
 def wanted_environment(machine: Machine, facts: Facts) -> str:

@@ -28,7 +28,7 @@ from shlex import join, quote
 from provision.errors import ProvisionError
 from provision.host import Host
 from provision.system.python import ENVIRONMENT
-from provision.units import script_id, variables
+from provision.units import AT_WORK, script_id, variables
 from workload.launch import ELSEWHERE
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
@@ -148,9 +148,7 @@ exec 9>.lock
 flock 9
 known=; if [ -r id ]; then known=$(cat id); fi
 if [ "${known%% *}" = "$token" ]; then cat >/dev/null; echo started; exit; fi
-case "$(systemctl is-active "$unit.service" || true)" in
-  active|activating|deactivating|reloading) cat >/dev/null; echo running; exit;;
-esac
+if at_work "$unit"; then cat >/dev/null; echo running; exit; fi
 if [ "$script" ]; then
   cat >.script
   [ "$(sha256sum <.script)" = "$script  -" ] || { echo 'the script is cut short' >&2; exit 1; }
@@ -209,9 +207,7 @@ REMOVE = r"""
 cd "${folder%/*}" 2>/dev/null || { echo missing; exit; }
 rm -rf ".${folder##*/}.removed"  # what an earlier call was cut off at
 [ -d "$folder" ] || { echo missing; exit; }
-case "$(systemctl is-active "$unit.service" || true)" in
-  active|activating|deactivating|reloading) echo running; exit;;
-esac
+if at_work "$unit"; then echo running; exit; fi
 sudo -n bash -euc '
   if [ -e "/etc/systemd/system/$1.service" ]; then
     systemctl --quiet disable "$1.service" || true
@@ -336,7 +332,7 @@ def start_run(
         node=node,
         hosts=" ".join(hosts),
     )
-    return host.run_again(values + START, stdin=script.encode(), as_root=False).stdout.strip()
+    return host.run_again(values + AT_WORK + START, stdin=script.encode(), as_root=False).stdout.strip()
 
 
 def render_wrapper() -> str:
@@ -360,4 +356,4 @@ def stop_run(host: Host, folder: Folder, run: str, *, now: bool) -> str:
 def remove_run(host: Host, folder: Folder, run: str) -> str:
     """`removed BYTES`, `running` or `missing`."""
     values = variables(folder=folder.run(run), unit=unit_of(run))
-    return host.run(values + REMOVE, as_root=False, deadline_s=600).stdout.strip()
+    return host.run(values + AT_WORK + REMOVE, as_root=False, deadline_s=600).stdout.strip()

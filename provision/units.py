@@ -59,14 +59,19 @@ mv -T "$1/.status" "$1/status"
 exit "$code"
 """
 
+# Whether a unit is: also where it is only about to be, or saves before its end.
+AT_WORK = r"""
+at_work() {  # UNIT, without .service
+  case "$(systemctl is-active "$1.service" || true)" in active|activating|deactivating|reloading) ;; *) return 1;; esac
+}
+"""
+
 # Idempotent by token: after a lost connection the same start is sent again and finds its own id.
 # `reset-failed` frees the name of a unit that failed before. HOME is not set for units of root.
 START = r"""
-state=$(systemctl is-active "$unit.service" || true)
 known=; if [ -r "$folder/id" ]; then known=$(cat "$folder/id"); fi
-case "$state" in active|activating|deactivating|reloading) running=yes;; *) running=;; esac
 if [ "$known" = "$token $script" ]; then cat >/dev/null; echo started; exit; fi
-if [ "$running" ]; then cat >/dev/null; [ "${known#* }" = "$script" ] && echo same || echo other; exit; fi
+if at_work "$unit"; then cat >/dev/null; [ "${known#* }" = "$script" ] && echo same || echo other; exit; fi
 umask 077
 install -d -m 711 "${folder%/*}"
 mkdir -p "$folder"
@@ -107,7 +112,7 @@ def start_script(
         user=user,
         wrapper=WRAPPER,
     )
-    return f"{values}properties=({flags})\n{START}"
+    return f"{values}properties=({flags})\n{AT_WORK}{START}"
 
 
 # stdout carries the raw bytes of the log, stderr one word a line: beat, again (the log was replaced), end CODE,
