@@ -55,6 +55,7 @@ class Optimizers:
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
+        self._owners = {p: part for part in parts for group in part.param_groups for p in group["params"]}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -62,10 +63,7 @@ class Optimizers:
 
     def owner(self, parameter: Tensor) -> torch.optim.Optimizer:
         """The one of them that changes `parameter`."""
-        for part in self.parts:
-            if any(p is parameter for group in part.param_groups for p in group["params"]):
-                return part
-        raise KeyError(f"no optimizer has this parameter of {tuple(parameter.shape)}")
+        return self._owners[parameter]
 
     def set_rate(self, lr: float) -> None:
         for group in self.param_groups:
