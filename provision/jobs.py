@@ -181,9 +181,7 @@ def begin(crew: Sequence[Member], job: Job, say: Say) -> str:
     run = job.resume or new_run_id(job.name or job.preset, datetime.now(UTC))
     names = [host.name for host in hosts] if several else []
     script = train_script(folder, job.source, run, job.arguments(folder, crew), job.prepare(folder), names)
-    if (
-        start_all(hosts, folder, run, nodes, script) == "running"
-    ):  # --resume of a run at work, with other settings
+    if start_all(hosts, folder, run, nodes, script) == "running":  # --resume, with other settings
         raise already_training(hosts[0], run)
     places = [f"{member.name}, on {describe_device(member.machine, member.seen)}" for member in crew]
     led = f", led by {hosts[0].name}" if several else ""

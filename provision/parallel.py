@@ -43,21 +43,11 @@ from provision.host import Host
 from provision.machine import load_machine, machines_folder, state_folder
 from provision.person import Ask, ask_nobody, ask_person, confirm_person
 
-OF_ONE_MACHINE = (
-    "fingerprint",
-    "address",
-    "resume",
-)  # options that are about one machine only; --name of inspect, too
+# Options that are about one machine only; --name of inspect, too.
+OF_ONE_MACHINE = ("fingerprint", "address", "resume")
 TOGETHER = "train"  # the task that several machines do as one, unless it is to be --each
-SHOWN = (
-    "plan",
-    "disks",
-    "inspect",
-    "runs",
-    "logs",
-    "sample",
-    "report",
-)  # tasks whose output is what they are for: shown whole on a terminal too
+# Tasks whose output is what they are for: shown whole on a terminal too.
+SHOWN = ("plan", "disks", "inspect", "runs", "logs", "sample", "report")
 LOG_WIDTH = 160  # columns, where no terminal sets them
 
 

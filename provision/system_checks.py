@@ -13,10 +13,8 @@ from provision.system.python import ENVIRONMENT
 
 MEND = "fab provision mends it"
 LEARNS = "Python environment"
-LEAST_MIB = {
-    "/": 1024,
-    "/boot": 32,
-}  # free: on the ESP what a kernel's update writes beside the old one is in its size
+# Free: on the ESP what a kernel's update writes beside the old one is in its size.
+LEAST_MIB = {"/": 1024, "/boot": 32}
 
 
 def system_checks(machine: Machine) -> list[Check]:

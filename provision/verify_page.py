@@ -81,7 +81,7 @@ def render_charts(records: Sequence[Record]) -> str:
 
 def render_line(values: Sequence[float]) -> str:
     """The values in order, from 0 to the largest."""
-    top = max(*values, 1e-12) if len(values) > 1 else max(values[0], 1e-12)
+    top = max(*values, 1e-12)
     step = (WIDTH - 2 * EDGE) / max(1, len(values) - 1)
     points = [
         (EDGE + index * step, HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * max(0.0, value) / top)

@@ -29,7 +29,7 @@ ENDED_WELL = "0"
 STOPPED_ELSEWHERE = "stopped"  # and saved, as another machine was told to stop
 LOST_OTHERS = "lost"
 ELSEWHERE = (
-    75  # exit status, sysexits.h's "try again": another machine was lost or told to stop, this one was not
+    75  # exit status, "try again" of sysexits.h: another machine was lost or told to stop, this was not
 )
 WORDS = ("gpu", "cpu", "auto")  # torchrun's: one for each GPU, or core, there is
 WAIT_S = 24 * 3600  # for other machines: one that stays off until somebody is back in the morning
@@ -98,9 +98,8 @@ def launch(arguments: Sequence[str], processes: str, nodes: Nodes | None = None)
         environ = {
             "OMP_NUM_THREADS": "1",  # what torchrun would warn of and choose; each rank then sets its own
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_S),
-            **(
-                {"TORCH_CPP_LOG_LEVEL": "ERROR"} if nodes.count > 1 else {}
-            ),  # it warns of addresses without a name
+            # It warns of addresses without a name.
+            **({"TORCH_CPP_LOG_LEVEL": "ERROR"} if nodes.count > 1 else {}),
             **os.environ,
             FOLDER: name,
         }

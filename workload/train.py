@@ -45,19 +45,13 @@ from workload.tokenizer import Tokenizer, count_bytes, load_tokenizer
 from workload.writer import Writer
 
 METRICS = "metrics.jsonl"
-REACHED = (
-    "reached"  # on the other machines of a run: the step of the newest checkpoint, which the first one has
-)
+REACHED = "reached"  # on a run's other machines: the step of the newest checkpoint, which the first one has
 DISK_ERRORS = (*FULL, errno.EROFS, errno.EIO)
 PACE_FROM = 5  # updates of a start after which its pace is measured: the first are slow
 PACE_UNTIL = 20  # and updates before which it says too little
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-EXTRAS = (
-    "guard/",
-    "scaler/",
-    "micro_batch/",
-)  # names in optimizer.safetensors besides moments: see Run.extras
+EXTRAS = ("guard/", "scaler/", "micro_batch/")  # in optimizer.safetensors besides moments: see Run.extras
 
 
 def train(

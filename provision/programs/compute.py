@@ -42,9 +42,8 @@ def prove_card(device: str, name: str, capability: Sequence[int], kernels: Seque
     assert fits(capability, kernels), (
         f"{name} is {sm}, and torch {torch.__version__} has no kernels for it, only for {kernels}"
     )
-    half = (
-        torch.bfloat16 if tuple(capability) >= (8, 0) else torch.float16
-    )  # bfloat16 is native from there on
+    # bfloat16 is native from there on
+    half = torch.bfloat16 if tuple(capability) >= (8, 0) else torch.float16
     multiply(device, torch.float32, 1e-4)
     multiply(device, half, 2e-2)
     if tuple(capability) >= (7, 0):  # Triton knows nothing older
