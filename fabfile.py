@@ -36,7 +36,7 @@ def provision(c: Context, wipe: str = "", fingerprint: str = "", address: str = 
 
 @task(help=about("fingerprint", "address"))
 def plan(c: Context, fingerprint: str = "", address: str = "") -> None:
-    """Show what provision would do and what it would destroy; what drifted, what is in no machine file. Changes nothing."""
+    """Show what provision would do and what would be lost, what drifted, what no machine file names. Changes nothing."""
     with at(c, fingerprint, address) as (host, machine, to):
         flow.show_plan(machine, host, to.console)
 
@@ -71,7 +71,7 @@ def rollback(c: Context, sweep: bool = False, address: str = "") -> None:
 def rehearse(
     c: Context, name: str, iso: str = "", resume: bool = False, cold: bool = False, keep: bool = False
 ) -> None:
-    """Provision a virtual machine with the disks of machines/NAME.toml, as that file says. Needs no -H, and no machine.
+    """Provision a virtual machine that has the disks of machines/NAME.toml, as that file says. Needs no -H.
 
     Change the file, rehearse, then provision the real one. The first rehearsal builds what all need, in minutes.
     """
@@ -105,7 +105,7 @@ def unlock(c: Context, address: str = "") -> None:
 
 @task(help={"name": "of the machine, where -H gives its address instead", **about("fingerprint", "address")})
 def inspect(c: Context, name: str = "", fingerprint: str = "", address: str = "") -> None:
-    """Draft machines/NAME.toml from what the machine has, of which nothing is changed. An existing file stays as it is."""
+    """Draft machines/NAME.toml from the machine's hardware. Changes nothing there; an existing file stays as it is."""
     with readable():
         machine = inspection.stranger(machines_folder(), named(c), c.port, name, address)
         text = inspection.draft(dial(c, machine, fingerprint), machine, machines_folder())
@@ -132,7 +132,10 @@ def train(
     c: Context, set: list[str], preset: str = "demo", data: str = "", name: str = "", resume: str = "",
     detach: bool = False, share: bool = False, each: bool = False,
 ) -> None:  # fmt: skip
-    """Check, send workload and data, train as a unit that survives reboots, follow it. -H a,b: one run over both."""
+    """Look whether the machine can train, send workload and data, start a run that outlives reboots, follow it.
+
+    Ctrl-C leaves it running. The same command again follows it. Of several machines, -H a,b, it is one run over both.
+    """
     with at(c) as (host, machine, to):
         jobs.train(host, machine, preset=preset, name=name, data=data, settings=set, resume=resume, detach=detach,
                    share=share, beside=() if each else to.beside, reach=to.reach, on_line=to.say, say=to.say)  # fmt: skip

@@ -22,7 +22,7 @@ HELP = {
     "wipe": "serial of the disk that may lose all it holds; of several machines: S1,S2, each for its own disk only",
     "sweep": "after the reboot, look for it by its host key in its whole subnet too, without asking anybody",
     "restart": "even if neither kernel nor driver changed: libraries that are in use become the new ones",
-    "fingerprint": "of the ISO's host key, SHA256:…, as `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` shows it on its console",
+    "fingerprint": "SHA256:… of the ISO's host key, read on its console (ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub): then nobody is asked",
     "address": "where the machine answers now; kept in machines/NAME.local.toml",
     "preset": "one of workload/presets",
     "data": "what to train on: a file or folder here, which is sent once; demo; or a name that `python -m workload prepare` knows, made there",

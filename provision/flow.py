@@ -240,7 +240,8 @@ def converge(
     after = gather_facts(host)
     demand_empty(plan_for(machine, after, host))
     console.print(
-        f"Probed again: all {len(plan.pending) + plan.done} Steps are as they should be. Log: {progress.log}"
+        f"Probed again: all {len(plan.pending) + plan.done} Steps are as they should be. Log: {progress.log}",
+        soft_wrap=True,  # or the path would be cut in two
     )
     return after
 
@@ -263,6 +264,6 @@ def progress_on(console: Console, machine: Machine) -> Progress:
 
     def end(name: str, seconds: float) -> None:
         status.stop()
-        console.print(f"  [green]done[/] {seconds:6.1f} s  {escape(name)}", highlight=False)
+        console.print(f"  [green]done[/] {seconds:6.1f} s  {escape(name)}", highlight=False, soft_wrap=True)
 
     return Progress(begin=begin, output=output, end=end, log=log)

@@ -1,4 +1,5 @@
-"""The JSON Schema of machine files, for editors: `python -m provision.schema` writes machines/schema.json.
+"""The JSON Schema of machine files, for editors: `python -m provision.schema` writes machines/schema.json, and the
+parts of the pages that are made of the same (provision.pages).
 
 Names, types and rules come from the dataclasses of `provision.machine`, meanings and defaults from
 machines/defaults.toml. A file finds it by its first line, `#:schema ./schema.json`, which Taplo and the editors'
@@ -151,5 +152,8 @@ def save_schema(path: Path = SCHEMA) -> None:
 
 
 if __name__ == "__main__":
+    from provision.pages import save_pages  # which is made of what is above
+
     save_schema()
+    save_pages()
     print(SCHEMA)
