@@ -9,7 +9,7 @@ from provision.facts import HOLDINGS, Disk, Facts
 from provision.machine import Machine
 from provision.steps import Script, Step
 from provision.system.inventory import describe_disk, find_disk, gibibytes
-from provision.system.layout import DATA_OPTIONS, DATA_TYPE, LOOK, Mount, identify
+from provision.system.layout import DATA_OPTIONS, DATA_TYPE, LOOK, Mount, identify, show_filesystem
 
 NO_FILE_SYSTEM = ("", "swap", "LVM2_member", "linux_raid_member", "crypto_LUKS", "zfs_member")
 
@@ -119,7 +119,7 @@ fi
 seen=$(look {device})
 [[ $seen == blank ]] || refuse "its partition holds $seen"
 mkfs.ext4 -q -L data {device}
-udevadm settle --timeout=30""",
+{show_filesystem(device)}""",
     )
 
 

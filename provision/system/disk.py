@@ -9,7 +9,7 @@ from provision.steps import BASE_COMPLETE, File, Script, Step
 from provision.system.crypt import volumes
 from provision.system.data import data_mounts
 from provision.system.inventory import describe_disk, describe_disks, find_disk, gibibytes
-from provision.system.layout import LOOK, MOUNT, SWAP_FILE, Layout, Part, layout, target
+from provision.system.layout import LOOK, MOUNT, SWAP_FILE, Layout, Part, layout, show_filesystem, target
 from provision.system.wipe import demand_free, demand_no_copies, free, is_ours, partition
 
 LEAST_BYTES = 4 * 2**30
@@ -199,5 +199,5 @@ if [[ $seen == "{filesystem} {ident}" ]]; then exit 0; fi  # planned while it co
   exit 1
 }}
 {mkfs} {listed}
-udevadm settle --timeout=30""",
+{show_filesystem(listed)}""",
     )

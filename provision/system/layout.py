@@ -234,3 +234,11 @@ def kernel_options(machine: Machine, nics: int, *, degraded: bool = False) -> st
     if machine.disk.swap == "zram":
         words += ["zswap.enabled=0"]  # it would keep in memory what zram keeps there already
     return " ".join([*words, "rw"])
+
+
+def show_filesystem(devices: str) -> str:
+    """Bash: wait until /dev/disk/by-uuid has what was just made on them.
+
+    udev hears of it through inotify, and may not have heard yet when `settle` asks whether it has anything to do.
+    """
+    return f"udevadm trigger --settle {devices}\nudevadm settle --timeout=30"
