@@ -51,7 +51,7 @@ else echo other; fi
 section owner; cat /etc/metal-to-model 2>/dev/null || true
 section applying; systemctl is-active metal-apply.service 2>/dev/null || true
 section runs
-systemctl list-units 'metal-run-*' --state=active,activating --plain --no-legend 2>/dev/null | awk '{print $1}' || true
+systemctl list-units 'metal-run-*' --state=active,activating,deactivating,reloading --plain --no-legend 2>/dev/null | awk '{print $1}' || true
 section reboot
 [[ -d /usr/lib/modules/$(uname -r)/kernel ]] || echo "the running kernel's modules are gone"
 if [[ -e /sys/module/nvidia/version ]]; then
