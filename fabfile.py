@@ -68,20 +68,17 @@ def rollback(c: Context, sweep: bool = False, address: str = "") -> None:
     "cold": "boot from the firmware, not from a saved state", "keep": "leave it on at the end, until Ctrl-C",
     "iso": "the official Arch ISO, FILE.sig beside it: booted as it is, nothing typed; packages come from the real mirrors",
 })  # fmt: skip
-def rehearse(
-    c: Context, name: str, iso: str = "", resume: bool = False, cold: bool = False, keep: bool = False
-) -> None:
+def rehearse(c: Context, name: str, iso: str = "", resume: bool = False, cold: bool = False, keep: bool = False) -> None:  # fmt: skip
     """Provision a virtual machine that has the disks of machines/NAME.toml, as that file says. Needs no -H.
 
     Change the file, rehearse, then provision the real one. The first rehearsal builds what all need, in minutes.
     """
     from provision.rehearsal import bed, loop  # here: it is a tenth of what every other call of fab takes
 
-    with readable():
+    with readable("Stopped, and the virtual machine with it. With --resume the same command goes on."):
         machine = load_machine(here(c, name, "rehearse"), machines_folder())
-        loop.rehearse_machine(
-            machine, bed.DEFAULT_CACHE, screen().console, resume=resume, cold=cold, keep=keep, iso=iso
-        )
+        how = {"resume": resume, "cold": cold, "keep": keep}
+        loop.rehearse_machine(machine, bed.DEFAULT_CACHE, screen().console, **how, iso=iso)
 
 
 @task(positional=["name"], help={"name": "of the machine", "out": "the image; by default NAME-seed.iso"})
@@ -132,10 +129,7 @@ def train(
     c: Context, set: list[str], preset: str = "demo", data: str = "", name: str = "", resume: str = "",
     detach: bool = False, share: bool = False, each: bool = False,
 ) -> None:  # fmt: skip
-    """Look whether the machine can train, send workload and data, start a run that outlives reboots, follow it.
-
-    Ctrl-C leaves it running. The same command again follows it. Of several machines, -H a,b, it is one run over both.
-    """
+    """Look whether it can train, send workload and data, start a run that outlives reboots, follow it. -H a,b: one over both."""
     with at(c) as (host, machine, to):
         jobs.train(host, machine, preset=preset, name=name, data=data, settings=set, resume=resume, detach=detach,
                    share=share, beside=() if each else to.beside, reach=to.reach, on_line=to.say, say=to.say)  # fmt: skip

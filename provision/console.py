@@ -65,17 +65,18 @@ def reach_by_name(c: Connection, name: str) -> Host:
     return dial(c, load_machine(name, machines_folder()))
 
 
+STOPPED = "Stopped watching. What was begun on the host goes on; the same command follows it again."
+
+
 @contextmanager
-def readable() -> Iterator[None]:
-    """Errors as one message and exit code 1; Ctrl-C as 130."""
+def readable(stopped: str = STOPPED) -> Iterator[None]:
+    """Errors as one message and exit code 1; Ctrl-C as 130, with what that means."""
     try:
         yield
     except ProvisionError as error:
         raise Exit(f"\nerror: {error.message}" + (f"\n{error.hint}" if error.hint else ""), 1) from None
     except KeyboardInterrupt:
-        raise Exit(
-            "\nStopped watching. What was begun on the host goes on; the same command follows it again.", 130
-        ) from None
+        raise Exit(f"\n{stopped}", 130) from None
 
 
 def named(c: Context) -> str:

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from invoke.exceptions import Exit
 
+from provision.console import readable
 from provision.pins import load_pins
 from tests.provision.conftest import KEY
 from tests.sshd import Sshd, sshd
@@ -207,3 +209,13 @@ def test_a_run_from_its_start_to_its_end(sshd: Sshd, box: Path, tmp_path: Path) 
     assert "was not removed" in run_fab("remove", "--run", run)
     assert "is gone from box" in run_fab("remove", "--run", run, "--yes")
     assert "No run on box yet." in run_fab("runs")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"), [((), "goes on; the same command follows it"), (("Gone.",), "Gone.")]
+)
+def test_ctrl_c_says_what_becomes_of_what_was_begun(said: tuple[str, ...], told: str) -> None:
+    with pytest.raises(Exit) as ended, readable(*said):
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert told in str(ended.value)
