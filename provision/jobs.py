@@ -26,6 +26,7 @@ from provision.crew import (
     demand_free,
     end_all,
     follow_run,
+    has_checkpoints,
     last_lines_offset,
     meet,
     no_such_run,
@@ -375,7 +376,13 @@ def stop(
             case _:
                 say(f"{run}: it saves, then ends; waiting for that")
                 wait_for_end(host, runs.folder, run, offset, on_line=on_line)
-                say(f"{run} has ended, saved. fab -H {host.name} resume --run {run} lets it go on.")
+                saved = has_checkpoints(host, runs.folder, run)
+                how, then = (
+                    ("saved", "lets it go on")
+                    if saved
+                    else ("before its first checkpoint", "begins it again")
+                )
+                say(f"{run} has ended, {how}. fab -H {host.name} resume --run {run} {then}.")
         for other in others:  # they end with the first; one that waited for it does so now
             if stop_run(other, runs.folder, run, now=False) == "stopping":
                 wait_for_end(other, runs.folder, run)

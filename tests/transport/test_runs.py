@@ -284,6 +284,18 @@ def test_stop_now_does_not_save(host: Host, sshd: Sshd) -> None:
         jobs.stop(host, machine, "nosuch")
 
 
+def test_a_run_that_is_stopped_before_its_first_step_has_saved_nothing(host: Host, sshd: Sshd) -> None:
+    sshd.path(f"{HOME}/begin").write_text("2")
+    run = train(host, 20, detach=True)
+    wait_for(lambda: "from step" in log_of(sshd, run), "the trainer")
+    said: list[str] = []
+    jobs.stop(host, host.wanted.machine, say=said.append)
+    assert (
+        said[-1]
+        == f"{run} has ended, before its first checkpoint. fab -H box resume --run {run} begins it again."
+    )
+
+
 def test_a_run_that_waits_for_its_next_start_is_stopped_too(
     host: Host, sshd: Sshd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
