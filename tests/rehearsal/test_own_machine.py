@@ -177,7 +177,8 @@ def unchanged_at_40_ms(rehearsal: Rehearsal) -> None:
     machine, pins = load_machine("box1", rehearsal.machines), rehearsal.machines / "known_hosts"
     assert machine.ssh.port == proxy.port
     try:
-        for task in ("plan", "provision"):
+        # The first time the firewall opens the port at which sshd is dialled now.
+        for task, changes in (("provision", True), ("plan", False), ("provision", False)):
             began = time.monotonic()
             done = subprocess.run(
                 fab_command(task, name="box1"),
@@ -188,7 +189,7 @@ def unchanged_at_40_ms(rehearsal: Rehearsal) -> None:
             )
             print(f"{task}: {time.monotonic() - began:.1f} s at 40 ms")
             assert done.returncode == 0, done.stdout + done.stderr
-            assert "0 Steps to do" in done.stdout or "nothing to do" in done.stdout.lower(), done.stdout
+            assert changes or "nothing to do" in done.stdout.lower(), done.stdout
         with connect(machine, pins) as host:
             again = provision_machine(machine, host, pins, "", Console(quiet=True))
             assert again is host
