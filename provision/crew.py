@@ -246,26 +246,34 @@ class Other(threading.Thread):
         self.begun = begun  # just now: all of its log is new
         self.last: deque[str] = deque(maxlen=LAST_OF_OTHERS)
         self.code: int | None = None
-        self.over = False  # the leader has ended
+        self.over = False  # the leader has ended, or nobody follows it any more
 
     def line(self, text: str) -> None:
         self.last.append(text)
         self.on_line(f"{self.host.name} | {text}")
 
     def run(self) -> None:
-        with suppress(ProvisionError):
-            path = self.folder.run(self.run_id)
-            self.code = self.host.follow(
-                path / "log",
-                unit_of(self.run_id),
-                on_line=self.line,
-                deadline_s=None,
-                offset=0 if self.begun else last_lines_offset(self.host, path, lines=0),
-                as_root=False,
-            )
-            if self.code and not self.over:
-                with Host(self.lead.wanted) as session:
-                    stop_run(session, self.folder, self.run_id, now=True)
+        try:
+            self.watch()
+        except ProvisionError:
+            pass
+        except Exception:  # a session that is closed under it, when a person leaves
+            if not self.over:
+                raise
+
+    def watch(self) -> None:
+        path = self.folder.run(self.run_id)
+        self.code = self.host.follow(
+            path / "log",
+            unit_of(self.run_id),
+            on_line=self.line,
+            deadline_s=None,
+            offset=0 if self.begun else last_lines_offset(self.host, path, lines=0),
+            as_root=False,
+        )
+        if self.code and not self.over:
+            with Host(self.lead.wanted) as session:
+                stop_run(session, self.folder, self.run_id, now=True)
 
     def describe(self) -> str:
         how = "is not known to have ended" if self.code is None else f"ended with status {self.code}"
@@ -313,6 +321,8 @@ def follow_run(
             watcher.over = True
             watcher.join(0 if code else ENDING_S)
     except KeyboardInterrupt:
+        for watcher in watchers:
+            watcher.over = True
         where = ", ".join(each.name for each in (host, *others))
         say(
             f"\n{run} goes on training on {where}. fab -H {host.name} attach follows it again;\n"

@@ -3,6 +3,7 @@
 That which the file does name is a Step, and the difference of a Step from what is there is shown by `render_plan`.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from shlex import join, quote
@@ -84,7 +85,7 @@ def parse_extras(machine: Machine, facts: Facts, steps: Sequence[Step], text: st
     seen = split_sections(text)
     if "end" not in seen:
         raise ProvisionError("The answer about what else is on the machine is incomplete.", "Run it again.")
-    scripts = "\n".join(step.script for step in steps)
+    words = {word for step in steps for word in re.findall(r"[\w@.:-]+", step.script)}
     once = set(seen["once_wanted"])
     known = {"nobody", machine.user.name, *machine.users, BUILDER}
     return Extras(
@@ -97,7 +98,7 @@ def parse_extras(machine: Machine, facts: Facts, steps: Sequence[Step], text: st
         enabled=tuple(
             unit
             for unit in seen["enabled"]
-            if unit.rpartition(".")[0] not in scripts and not unit.startswith("metal-")
+            if words.isdisjoint({unit, unit.rpartition(".")[0]}) and not unit.startswith("metal-")
         ),
         accounts=tuple(name for name in seen["accounts"] if name not in known),
         rolled_back=tuple(seen["rolled_back"]),

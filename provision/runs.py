@@ -187,9 +187,9 @@ if [ -e status ]; then echo ended; exit; fi
 : >stop
 case "$(systemctl show -p SubState "$unit.service")" in *=running|*=stop-*) ;; *) now=yes;; esac  # nothing to save
 if [ "$now" ]; then
-  echo 137 >.status  # first: with a status it is not started again
-  sync .status
-  mv -T .status status
+  echo 137 >.stopped  # first: with a status it is not started again. Not by the name that the unit itself writes
+  sync .stopped
+  mv -T .stopped status
   sudo -n bash -c '
     systemctl kill --signal=KILL "$1.service"
     systemctl stop "$1.service"

@@ -152,7 +152,8 @@ else
   mkdir -p "${{doubt%/*}}"
   touch "$doubt"
   sync
-  transaction || {{ code=$?; sync; rm "$doubt"; exit "$code"; }}
+  # Who is killed by a signal leaves its lock behind, and what it had begun: the next time it is in doubt.
+  transaction || {{ code=$?; sync; [[ $code -ge 128 ]] || rm "$doubt"; exit "$code"; }}
 fi
 sync
 rm "$doubt"

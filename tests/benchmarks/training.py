@@ -11,8 +11,8 @@ left out. Nothing of theirs is copied: their own model.py and gpt.py are run, wi
 
 Each is a process of its own and does the same work on the same batches; they take turns, in another order each round,
 and only the one whose turn it is runs. Ratios are of one round, so what else the machine does weighs on all. All have
-the same threads, fp32, no dropout, and threads that sleep when they wait (OMP_WAIT_POLICY), which only helps on a busy
-machine. Ours keeps freed memory (device.keep_memory), as it does for its users.
+the same threads, fp32, no dropout, and threads that wait as ours do (workload.__main__: asleep, or spinning briefly for
+a sample), which only helps on a busy machine. Ours keeps freed memory (device.keep_memory), as it does for its users.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from types import ModuleType
 from typing import Any
 
 from tests.benchmarks.results import write_part
+from workload.__main__ import BRIEF_WAITS, WAITS
 
 ROOT = Path(__file__).resolve().parents[2]
 TITLE = "# Training and sampling on a CPU, next to nanoGPT and the book's code"
@@ -162,7 +163,7 @@ def start(task: Task, who: str, folder: Path, threads: int) -> Iterator["subproc
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+        env=os.environ | (BRIEF_WAITS if task.new_tokens else WAITS),
     )
     with process:
         try:

@@ -1,4 +1,4 @@
-"""What a power cut leaves of pacman's work, by the real pacman in a throwaway root: files that are there, and empty."""
+"""What a power cut, or a kernel out of memory, leaves of pacman's work, by the real pacman in a throwaway root."""
 
 import os
 import subprocess
@@ -74,3 +74,31 @@ echo "@$(bash -c {look})"
     assert len(first.splitlines()) == 7
     assert cut.splitlines()[0].startswith("unfinished")
     assert again.splitlines() == first.splitlines()
+
+
+def test_a_killed_pacman_is_in_doubt_and_its_lock_goes(bed: Bed, tmp_path: Path) -> None:
+    """As by the kernel where memory is short; an error of its own leaves nothing in doubt."""
+    step = Packages("tmux", why="")
+    apply = quote(render_apply(make_plan("", [step], [("tmux", False)]), ""))
+    script = f"""
+set -uo pipefail
+{{ pacman -Sy --noconfirm --dbonly base; pacman -S --noconfirm --overwrite '*' tmux; pacman -Rdd --noconfirm tmux; }} >&2
+hook=/etc/pacman.d/hooks/kill.hook
+mkdir -p "${{hook%/*}}"
+printf '%s\n' '[Trigger]' 'Operation = Install' 'Type = Package' 'Target = tmux' '[Action]' 'When = PreTransaction' \
+  'Exec = /usr/bin/bash -c "kill -KILL $PPID"' > $hook
+bash -euo pipefail -c {apply} >&2 && echo unexpected
+ls {IN_DOUBT} /var/lib/pacman/db.lck
+printf '%s\n' '[Trigger]' 'Operation = Install' 'Type = Package' 'Target = tmux' '[Action]' 'When = PreTransaction' \
+  'Exec = /usr/bin/false' AbortOnFail > $hook
+rm {IN_DOUBT} /var/lib/pacman/db.lck
+bash -euo pipefail -c {apply} >&2 && echo unexpected
+ls {IN_DOUBT} /var/lib/pacman/db.lck 2> /dev/null
+touch /var/lib/pacman/db.lck
+touch --date '1 hour ago' {IN_DOUBT}
+rm $hook
+bash -euo pipefail -c {apply} >&2
+ls {IN_DOUBT} /var/lib/pacman/db.lck 2> /dev/null
+pacman -Qq tmux
+"""
+    assert in_root(bed, tmp_path, script) == [IN_DOUBT, "/var/lib/pacman/db.lck", "tmux"]

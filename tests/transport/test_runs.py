@@ -267,6 +267,23 @@ def test_other_settings_for_a_run_at_work_are_refused_and_not_forgotten(host: Ho
     jobs.stop(host, host.wanted.machine, now=True, say=said.append)
 
 
+def test_stop_now_while_the_unit_begins(host: Host, sshd: Sshd) -> None:
+    """Who stops the unit and the unit itself, which sees it, write its status at the same time."""
+    waits = (
+        ("head", "[[ $2 != 65536 ]] || until [ -e stop ]"),
+        ("sync", "[[ $# != 1 || $1 != .st* ]] || for _ in {1..20}"),
+    )
+    for tool, until in waits:
+        path = sshd.path(f"/run/bin/{tool}")
+        path.write_text(f'#!/bin/bash\n{until}; do sleep 0.1; done\nexec /usr/bin/{tool} "$@"\n')
+        path.chmod(0o755)
+    run = train(host, 100000, detach=True)
+    assert runs.stop_run(host, Folder(PurePosixPath(HOME) / "metal"), run, now=True) == "ended-now"
+    assert status_of(sshd, run) == "137"
+    assert not has_rows(sshd, run, 1)
+    assert systemctl(sshd, "is-active", f"metal-run-{run}") == "inactive"
+
+
 def test_stop_now_does_not_save(host: Host, sshd: Sshd) -> None:
     machine = host.wanted.machine
     sshd.path(f"{HOME}/pace").write_text("0.1")

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import signal
 import subprocess
@@ -41,6 +42,22 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     settings = [*TINY, "steps=4", "eval_every=2", "save_every=2"]
     assert main(["train", "--out", str(out), "--threads", "1", "--device", "cpu", "--set", *settings]) == 0
     return out
+
+
+@pytest.mark.parametrize(
+    ("given", "command", "spins"),
+    [({}, "sample", "10000"), ({}, "bench", None), ({"OMP_WAIT_POLICY": "active"}, "sample", None)],
+)
+def test_threads_wait_asleep_but_between_the_products_of_a_token(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: dict[str, str], command: str, spins: str | None
+) -> None:
+    """And a person's own setting stays."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
+    monkeypatch.setattr(os, "environ", clean | given)
+    words = [str(tmp_path / "no-run")] if command == "sample" else ["--set", "nosuch=1"]
+    assert main([command, *words]) == 1
+    assert os.environ["OMP_WAIT_POLICY"] == given.get("OMP_WAIT_POLICY", "PASSIVE")
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 def test_help_names_every_key_and_needs_nothing_heavy(tmp_path: Path) -> None:
