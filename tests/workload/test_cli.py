@@ -46,7 +46,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 
 @pytest.mark.parametrize(
     ("given", "command", "spins"),
-    [({}, "sample", "10000"), ({}, "bench", None), ({"OMP_WAIT_POLICY": "active"}, "sample", None)],
+    [({}, "sample", "100000"), ({}, "bench", None), ({"OMP_WAIT_POLICY": "active"}, "sample", None)],
 )
 def test_threads_wait_asleep_but_between_the_products_of_a_token(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: dict[str, str], command: str, spins: str | None
