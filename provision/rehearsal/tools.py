@@ -38,6 +38,7 @@ TOOLS = (
     Tool("rsync", "rsync", "rsync"),
     Tool("/usr/sbin/sshd", "openssh-server", "openssh"),  # for the tests of the transport
     Tool("dropbear", "dropbear-bin", "dropbear"),  # for those too
+    Tool("zsh", "zsh", "zsh"),  # and as a login shell there
     Tool("cryptsetup", "cryptsetup-bin", "cryptsetup"),
     Tool("nft", "nftables", "nftables"),  # for the tests of the person's base
     Tool("visudo", "sudo", "sudo"),

@@ -84,8 +84,11 @@ def run_together(
 
 
 def pids_below(pid: int) -> list[int]:
-    """Children of a process, and theirs."""
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    """Children of a process, and theirs; none of one that has ended since it was listed."""
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
     return [below for child in map(int, text.split()) for below in (child, *pids_below(child))]
 
 
@@ -93,7 +96,10 @@ def ranks_of(process: "subprocess.Popen[str]") -> dict[int, int]:
     """Rank → pid."""
     found = {}
     for pid in pids_below(process.pid):
-        environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        try:
+            environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):  # a compiler, say, that has done its work
+            continue
         rank = next((word for word in environ if word.startswith(b"RANK=")), None)
         if rank is not None:
             found[int(rank.partition(b"=")[2])] = pid

@@ -1,5 +1,6 @@
 """Text to shards: the same whatever the number of processes and whatever was interrupted."""
 
+import contextlib
 import io
 import json
 import os
@@ -576,8 +577,9 @@ def test_a_run_does_not_download_by_itself(tmp_path: Path) -> None:
 def test_a_process_that_dies_is_said(tmp_path: Path, rows: Path) -> None:
     def kill_a_worker(_: object) -> None:
         for pid in children(os.getpid()):
-            if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
-                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended since it was listed
+                if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(WorkloadError, match="a process that was making tokens has ended"):
         prepare(str(rows), tmp_path / "out", watch=kill_a_worker, threads=2, **SMALL)
