@@ -207,12 +207,14 @@ def start_all(crew: Sequence[Host], folder: Folder, run: str, nodes: Sequence[No
         return start(crew[0])
     except ProvisionError as error:
         left = end_all(crew, folder, run, forget=bool(script))
-        what = f"It is not known whether {', '.join(left)} began." if left else "Nothing is at work."
+        what = (
+            "\n".join(f"It is not known whether it began on {why}" for why in left) or "Nothing is at work."
+        )
         raise ProvisionError(f"{error.message}\n{what}", error.hint) from error
 
 
 def end_all(hosts: Sequence[Host], folder: Folder, run: str, *, forget: bool = False) -> list[str]:
-    """End the run on these machines without saving; the names of those that gave no answer.
+    """End the run on these machines without saving; of each that gave no answer, which it is and why.
 
     `forget`: take it away, too, but from the first, which has its checkpoints if there are any.
     """
@@ -222,8 +224,8 @@ def end_all(hosts: Sequence[Host], folder: Folder, run: str, *, forget: bool = F
             stop_run(host, folder, run, now=True)
             if forget and (host is not hosts[0] or not has_checkpoints(host, folder, run)):
                 remove_run(host, folder, run)
-        except ProvisionError:
-            left.append(host.name)
+        except ProvisionError as error:
+            left.append(f"{host.name}: {error.message}")
     return left
 
 

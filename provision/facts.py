@@ -51,7 +51,7 @@ else echo other; fi
 section owner; cat /etc/metal-to-model 2>/dev/null || true
 section applying; systemctl is-active metal-apply.service 2>/dev/null || true
 section runs
-systemctl list-units 'metal-run-*' --state=active,activating,deactivating,reloading --plain --no-legend 2>/dev/null | awk '{print $1}' || true
+systemctl list-units 'metal-run-*' --state=active,activating,deactivating,reloading --plain --no-legend 2>/dev/null | awk '{print $1}' | sed 's/^metal-run-//; s/\.service$//' || true
 section reboot
 [[ -d /usr/lib/modules/$(uname -r)/kernel ]] || echo "the running kernel's modules are gone"
 if [[ -e /sys/module/nvidia/version ]]; then
@@ -172,7 +172,7 @@ class Facts:
     system: Literal["live", "installed", "other"]
     owner: str  # the machine's name as we installed it; "" where we did not
     applying: bool  # an earlier run's Steps are still at work there: its unit outlives the connection
-    runs: tuple[str, ...]  # units of training runs at work
+    runs: tuple[str, ...]  # training runs at work
     reboot: tuple[str, ...]  # why it must be rebooted before it is whole
     os: str  # ID of os-release
     hostname: str

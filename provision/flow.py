@@ -132,13 +132,19 @@ def demand_way_kept(machine: Machine, facts: Facts, host: Host, plan: Plan) -> N
         demand_way_in(machine, host)
 
 
+def stop_first(machine: Machine, facts: Facts) -> str:
+    """What to do about the training runs at work."""
+    stop = "; ".join(f"fab -H {machine.name} stop --run {run}" for run in facts.runs)
+    return f"Wait for its end, or stop it (it saves first): {stop}"
+
+
 def demand_idle(machine: Machine, facts: Facts, host: Host, plan: Plan) -> None:
     """Refuse a plan that a training at work might not survive."""
     disturbing = [planned.step.name for planned in plan.pending if planned.step.disturbs_runs]
     if facts.runs and disturbing:
         raise ProvisionError(
             f"{', '.join(facts.runs)} is at work, and would not survive: {', '.join(disturbing)}.",
-            f"Wait for it, or stop it (it saves first), on {machine.name}: sudo systemctl stop {facts.runs[0]}",
+            stop_first(machine, facts),
         )
 
 

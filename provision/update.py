@@ -12,7 +12,7 @@ from provision.apply import apply, follow_earlier, gather_facts, look_for_extras
 from provision.drift import render_extras
 from provision.errors import ProvisionError
 from provision.facts import Facts
-from provision.flow import converge, progress_on, prove, reboot_and_find
+from provision.flow import converge, progress_on, prove, reboot_and_find, stop_first
 from provision.host import Host
 from provision.machine import Machine
 from provision.person import Ask, ask_person
@@ -165,7 +165,7 @@ def ready(machine: Machine, host: Host, console: Console) -> Facts:
     if facts.runs:
         raise ProvisionError(
             f"{', '.join(facts.runs)} is at work, and would not survive it.",
-            f"Wait for it, or stop it (it saves first): fab -H {machine.name} stop",
+            stop_first(machine, facts),
         )
     return facts
 

@@ -130,7 +130,15 @@ def launch(arguments: Sequence[str], processes: str, nodes: Nodes | None = None)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        return exit_status(_read(folder), status, told=told, nodes=nodes)
+        ended = _read(folder)
+        if nodes.count > 1 and not ended and not told:  # torchrun's own error, a traceback, is above
+            print(
+                f"the machines did not come together at {nodes.endpoint}, an address of machine 0 that all others must "
+                "reach, with a port that is free there",
+                file=sys.stderr,
+                flush=True,
+            )
+        return exit_status(ended, status, told=told, nodes=nodes)
 
 
 def exit_status(ended: Sequence[str], torchrun: int, *, told: bool, nodes: Nodes) -> int:

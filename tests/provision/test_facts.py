@@ -1,6 +1,7 @@
 """The probe runs for real here; what it printed elsewhere is read from text."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,24 @@ def test_the_probe_runs_on_this_computer_and_changes_nothing() -> None:
     assert facts.system == "other"
     assert facts.clock_s > 1_700_000_000
     assert all(len(disk.holdings) == 64 for disk in facts.disks)
+
+
+def test_trainings_at_work_are_called_by_the_names_of_their_runs(tmp_path: Path) -> None:
+    """A mock of systemctl: no systemd runs here."""
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" != list-units ] || for run in 20261124-101500-demo b.service; do\n'
+        '  echo "metal-run-$run.service loaded active running Training"\ndone\n'
+    )
+    systemctl.chmod(0o755)
+    answer = subprocess.run(
+        ["bash", "--norc", "-euo", "pipefail", "-c", PROBE],
+        capture_output=True,
+        text=True,
+        env={"PATH": f"{tmp_path}:/usr/sbin:/usr/bin", "LC_ALL": "C"},
+    )
+    assert parse_facts(answer.stdout).runs == ("20261124-101500-demo", "b.service")
 
 
 def test_a_cut_answer_is_refused() -> None:

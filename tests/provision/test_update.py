@@ -74,11 +74,11 @@ def seen(machine: Machine, live: Facts, mocker: MockerFixture) -> Facts:
 def test_a_run_at_work_is_not_disturbed(
     machine: Machine, seen: Facts, mocker: MockerFixture, task: type
 ) -> None:
-    busy = replace(seen, runs=("metal-run-a.service",))
+    busy = replace(seen, runs=("a",))
     mocker.patch("provision.update.gather_facts", return_value=busy)
-    with pytest.raises(ProvisionError, match=r"metal-run-a\.service is at work") as caught:
+    with pytest.raises(ProvisionError, match=r"^a is at work") as caught:
         task(machine, mocker.Mock(system="installed"), Path(), Console(quiet=True))
-    assert caught.value.hint.endswith("fab -H gpu1 stop")
+    assert caught.value.hint.endswith("fab -H gpu1 stop --run a")
 
 
 @pytest.mark.parametrize("task", [update_machine, rollback_machine])

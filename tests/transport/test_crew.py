@@ -10,17 +10,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
+from pytest_mock import MockerFixture
 
 from provision import crew, jobs, runs, status
 from provision.crew import Member, demand_alike, process_arguments
 from provision.errors import ConnectionLost, ProvisionError
 from provision.host import Host
-from provision.meet import Address, Listening, Way, choose_nodes
+from provision.meet import Address, Listening, Node, Way, choose_nodes
 from provision.preflight import look
+from provision.runs import Folder
 from tests.sshd import wait_for
 from tests.transport.network import NAMES, Pair, pair
 from tests.transport.trainer import trainer, typed
@@ -226,6 +228,28 @@ def test_a_unit_that_cannot_start_takes_the_others_back(idle: Pair) -> None:
         train(two, [], lines)
     assert not list(two.servers["berta"].path(RUNS).iterdir())
     assert not list(two.servers["berta"].path("/etc/systemd/system").glob("metal-run-*"))
+
+
+def test_a_machine_that_gives_no_answer_when_a_start_is_taken_back_is_named_and_why(
+    mocker: MockerFixture,
+) -> None:
+    """The connection goes just between the two, which only a mock can time."""
+    anna, berta = hosts = [mocker.Mock() for _ in NAMES]
+    anna.name, berta.name = NAMES
+
+    def stop(host: Host, *_: object, **__: object) -> None:
+        if host is berta:
+            raise ConnectionLost("berta does not answer.")
+
+    mocker.patch("provision.crew.start_run", side_effect=ProvisionError("the disk is full"))
+    mocker.patch("provision.crew.stop_run", side_effect=stop)
+    nodes = [Node(name, 2, rank, "10.0.0.1:29400", "eth0") for rank, name in enumerate(NAMES)]
+    with pytest.raises(ProvisionError) as caught:
+        crew.start_all(hosts, Folder(PurePosixPath("/home/ml/metal")), "r", nodes)
+    assert caught.value.message.splitlines() == [
+        "the disk is full",
+        "It is not known whether it began on berta: berta does not answer.",
+    ]
 
 
 # The verbs

@@ -23,6 +23,7 @@ from workload.launch import (
     OthersLost,
     checked_nodes,
     exit_status,
+    launch,
     rank_of_launch,
 )
 from workload.lifeline import BYE, accept, keep_alive, watch
@@ -72,6 +73,17 @@ def test_torchrun_says_how_many_machines_there_are() -> None:
 )
 def test_who_is_to_blame_for_an_end(ended: list[str], told: bool, nodes: Nodes, status: int) -> None:
     assert exit_status(ended, 1, told=told, nodes=nodes) == status
+
+
+def test_a_meeting_place_that_is_taken_is_said(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workload.launch.WAIT_S", 20)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert launch(["train"], "1", Nodes(2, 0, endpoint)) == ELSEWHERE
+    said = capfd.readouterr().err
+    assert said.splitlines()[-1].startswith(f"the machines did not come together at {endpoint}")
 
 
 def test_a_rank_says_how_it_ended(tmp_path: Path) -> None:
